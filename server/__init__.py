@@ -1,0 +1,1 @@
+"""The server: HTTP and WebSocket in one process, and what sync/ stands on."""

@@ -1,0 +1,242 @@
+"""Settings: the one place that reads the environment.
+
+Each setting has its variable, its parser, its default and the reason for that default. All of them are
+checked before anything starts, and what is wrong is said for every variable at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from server.errors import ConfigError
+
+MIN_SECRET_BYTES: Final = 32
+"""HS256 takes keys of at least its hash's size (RFC 7518, section 3.2)."""
+
+_BOARD = re.compile(r"[a-z0-9_-]{1,64}")
+
+
+def _text(raw: str) -> str:
+    return raw
+
+
+def _secret(raw: str) -> bytes:
+    if len(raw.encode()) < MIN_SECRET_BYTES:
+        raise ValueError(f"at least {MIN_SECRET_BYTES} bytes")
+    return raw.encode()
+
+
+def _flag(raw: str) -> bool:
+    if raw not in ("0", "1"):
+        raise ValueError("0 or 1")
+    return raw == "1"
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(raw: str) -> int:
+        try:
+            value = int(raw)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise ValueError(f"an integer from {low} to {high}")
+        return value
+
+    return parse
+
+
+def _rate(raw: str) -> float:
+    try:
+        value = float(raw)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 1_000_000:
+        raise ValueError("a number from 0 (off) to 1000000")
+    return value
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(raw: str) -> str:
+        if raw not in choices:
+            raise ValueError("one of " + ", ".join(choices))
+        return raw
+
+    return parse
+
+
+def _words(raw: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in raw.split(",") if word.strip())
+
+
+def _boards(raw: str) -> tuple[str, ...]:
+    names = _words(raw)
+    if not names or not all(_BOARD.fullmatch(name) for name in names):
+        raise ValueError("names of [a-z0-9_-]{1,64}, separated by commas")
+    return names
+
+
+_ALGORITHMS: Final = ("HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "ES256", "ES384", "ES512")
+
+
+def _algorithms(raw: str) -> tuple[str, ...]:
+    names = _words(raw)
+    if not names or not set(names) <= set(_ALGORITHMS):
+        raise ValueError("some of " + ", ".join(_ALGORITHMS))
+    return names
+
+
+def _origins(raw: str) -> tuple[str, ...]:
+    origins = _words(raw)
+    if not all(origin == "*" or re.fullmatch(r"https?://[^/\s]+", origin) for origin in origins):
+        raise ValueError("* or origins such as https://example.org, separated by commas")
+    return origins
+
+
+def _setting(
+    variable: str, parse: Callable[[str], Any], default: Any, why: str, *, secret: bool = False
+) -> Any:
+    metadata = {"variable": variable, "parse": parse, "why": why, "secret": secret}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything the environment decides; see `describe` for the table that the README shows."""
+
+    host: str = _setting("HOST", _text, "127.0.0.1", "address to listen on; the container image sets 0.0.0.0")
+    port: int = _setting("PORT", _integer(0, 65535), 8080, "port to listen on; 0 takes a free one and logs it")
+    boards: tuple[str, ...] = _setting("BOARDS", _boards, ("main",), "the boards there are; another is 404")
+    cors_origins: tuple[str, ...] = _setting(
+        "CORS_ORIGINS", _origins, ("*",), "who may call from a browser; tokens travel in a header, never in cookies"
+    )
+    request_deadline_ms: int = _setting(
+        "REQUEST_DEADLINE_MS", _integer(50, 60_000), 2000, "longest a request waits for Redis before its 503"
+    )
+
+    jwt_secret: bytes | None = _setting(
+        "JWT_SECRET", _secret, None, "key of HS tokens, at least 32 bytes", secret=True
+    )
+    jwt_secret_file: str = _setting("JWT_SECRET_FILE", _text, "", "file that holds JWT_SECRET instead")
+    jwt_secret_previous: bytes | None = _setting(
+        "JWT_SECRET_PREVIOUS", _secret, None, "still accepted while tokens are rotated", secret=True
+    )
+    jwt_algorithms: tuple[str, ...] = _setting(
+        "JWT_ALGORITHMS", _algorithms, ("HS256",), "allowed signatures; the token never chooses"
+    )
+    jwt_public_key: str = _setting("JWT_PUBLIC_KEY", _text, "", "PEM key of RS and ES tokens")
+    jwt_jwks_file: str = _setting("JWT_JWKS_FILE", _text, "", "JWK set of RS and ES tokens, chosen by `kid`")
+    jwt_audience: str = _setting("JWT_AUDIENCE", _text, "", "required `aud`; unset: not looked at")
+    jwt_issuer: str = _setting("JWT_ISSUER", _text, "", "required `iss`; unset: not looked at")
+    jwt_leeway_s: int = _setting(
+        "JWT_LEEWAY_S", _integer(0, 3600), 30, "clock difference forgiven in `nbf` and `iat`; none in `exp`"
+    )
+    write_policy: Literal["own", "any"] = _setting(
+        "WRITE_POLICY", _one_of("own", "any"), "own", "own: `sub` is the player, or scope scores:write; any: every token"
+    )
+
+    rate_limit_per_second: float = _setting(
+        "RATE_LIMIT_PER_SECOND", _rate, 20.0, "updates a subject may make; 0 switches it off, for load tests"
+    )
+    rate_limit_burst: int = _setting(
+        "RATE_LIMIT_BURST", _integer(1, 1_000_000), 40, "updates at once before the rate counts"
+    )
+    rate_limit_by: Literal["user", "ip"] = _setting(
+        "RATE_LIMIT_BY", _one_of("user", "ip"), "user", "whom the limit counts: the token's subject or the address"
+    )
+    rate_limit_writers_per_second: float = _setting(
+        "RATE_LIMIT_WRITERS_PER_SECOND", _rate, 0.0, "the same for tokens with scope scores:write (game servers)"
+    )
+    rate_limit_writers_burst: int = _setting(
+        "RATE_LIMIT_WRITERS_BURST", _integer(1, 1_000_000), 1000, "the same for tokens with scope scores:write"
+    )
+    auth_failures_per_minute: int = _setting(
+        "AUTH_FAILURES_PER_MINUTE", _integer(0, 1_000_000), 60, "bad tokens an address may send before 429; 0: no limit"
+    )
+    trusted_proxies: tuple[str, ...] = _setting(
+        "TRUSTED_PROXIES", _words, (), "addresses or networks whose X-Forwarded-For counts"
+    )
+
+    redis_host: str = _setting("REDIS_HOST", _text, "127.0.0.1", "Redis 7.0 or newer, or Valkey")
+    redis_port: int = _setting("REDIS_PORT", _integer(1, 65535), 6379, "")
+    redis_password: str = _setting("REDIS_PASSWORD", _text, "", "", secret=True)
+    redis_key_prefix: str = _setting("REDIS_KEY_PREFIX", _text, "", "put before every key, to share a Redis")
+    outbox_max_bytes: int = _setting(
+        "OUTBOX_MAX_BYTES", _integer(1_000_000, 2**40), 2**30, "outbox size above which updates get 503"
+    )
+
+    kafka_brokers: str = _setting("KAFKA_BROKERS", _text, "127.0.0.1:9092", "host:port, separated by commas")
+    kafka_topic: str = _setting("KAFKA_TOPIC", _text, "score-updates", "dead letters go to {topic}.dead-letter")
+    kafka_partitions: int = _setting("KAFKA_PARTITIONS", _integer(1, 1024), 8, "when the topic is created")
+    kafka_replication: int = _setting("KAFKA_REPLICATION", _integer(1, 16), 1, "when the topic is created")
+    kafka_retention_hours: int = _setting(
+        "KAFKA_RETENTION_HOURS", _integer(1, 87_600), 168, "when the topic is created: what a rebuild can look back on"
+    )
+
+    database_url: str = _setting(
+        "DATABASE_URL", _text, "postgresql://127.0.0.1:5432/scoreboard", "PostgreSQL 14 or newer, or TimescaleDB", secret=True
+    )
+
+    live_interval_ms: int = _setting(
+        "LIVE_INTERVAL_MS", _integer(1, 10_000), 16, "how long changes gather: one frame of a 60 Hz screen"
+    )
+    live_high_water_bytes: int = _setting(
+        "LIVE_HIGH_WATER_BYTES", _integer(4096, 2**30), 65_536, "buffered bytes that make a connection lagging"
+    )
+
+    new_topic: Literal["refuse", "restart"] = _setting(
+        "KAFKA_NEW_TOPIC",
+        _one_of("refuse", "restart"),
+        "refuse",
+        "offsets of a topic that was made anew: refuse them, or start over (what `dev` does)",
+    )
+
+    @property
+    def dead_letter_topic(self) -> str:
+        """Where records go that cannot be stored."""
+        return f"{self.kafka_topic}.dead-letter"
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(variable, default, why) of every setting; a secret's default is not shown."""
+    rows = []
+    for field in dataclasses.fields(Settings):
+        default = field.default
+        if isinstance(default, tuple):
+            default = ",".join(default)
+        elif isinstance(default, float):
+            default = f"{default:g}"
+        rows.append((field.metadata["variable"], "" if default is None else str(default), field.metadata["why"]))
+    return rows
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from the environment; an empty variable counts as unset.
+
+    Raises ConfigError, which names each wrong variable, its value (unless secret) and what was expected.
+    """
+    values: dict[str, Any] = {}
+    faults: list[str] = []
+    for field in dataclasses.fields(Settings):
+        variable, secret = field.metadata["variable"], field.metadata["secret"]
+        raw = environ.get(variable, "")
+        if not raw:
+            continue
+        try:
+            values[field.name] = field.metadata["parse"](raw)
+        except ValueError as error:
+            shown = f"{len(raw)} characters" if secret else repr(raw)
+            faults.append(f"{variable}: expected {error}, got {shown}")
+    path = values.get("jwt_secret_file")
+    if path:
+        try:
+            values["jwt_secret"] = _secret(Path(path).read_text().strip())
+        except (OSError, ValueError) as error:
+            faults.append(f"JWT_SECRET_FILE: expected a file with {MIN_SECRET_BYTES} bytes or more: {error}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return cast(Settings, Settings(**values))

@@ -1,0 +1,88 @@
+"""ScoreEvent and its encodings: the contract between server/ and sync/.
+
+A batch of accepted updates is one outbox entry; each update in it is one event. The entry's stream id
+`ms-seq` and the update's index give the event its id and the version of that player's score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from server.errors import ScoreboardError
+
+FORMAT_VERSION: Final = b"1"
+"""Major version, in the Kafka header `v`. A consumer takes unknown fields, not an unknown major."""
+
+MAX_BATCH: Final = 512
+"""Updates in one outbox entry at most."""
+
+INDEX_SPAN: Final = 65536
+"""Versions are (ms, seq * INDEX_SPAN + index); MAX_BATCH stays far below."""
+
+OUTBOX_FIELD: Final = b"batch"
+"""The one field of an outbox entry: MessagePack `[board, player, delta, score, player, …]`."""
+
+MAX_SCORE: Final = 2**53 - 1
+"""Largest |delta| and |score|: a sorted set keeps doubles, and so does JavaScript."""
+
+
+Score = Annotated[int, msgspec.Meta(ge=-MAX_SCORE, le=MAX_SCORE)]
+PlayerId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+
+
+class BadEvent(ScoreboardError):
+    """A record that is not an event of a known version: to be dead-lettered."""
+
+
+class ScoreEvent(msgspec.Struct, frozen=True, rename="camel", gc=False):
+    """An accepted change, as it stands in Kafka (JSON, camelCase).
+
+    `at` is the id's milliseconds, never a clock read later, so a replay yields the same row.
+    """
+
+    event_id: str
+    board: str
+    player_id: PlayerId
+    score_delta: Score
+    new_score: Score
+    at: int
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """(ms, seq * INDEX_SPAN + index): for one player of one board, later wins."""
+        ms, seq, index = self.event_id.split("-")
+        return int(ms), int(seq) * INDEX_SPAN + int(index)
+
+
+encode_event: Final = msgspec.json.Encoder().encode
+_decode: Final = msgspec.json.Decoder(ScoreEvent).decode
+_decode_entry: Final = msgspec.msgpack.Decoder(list[Any]).decode
+
+
+def decode_event(value: bytes | None) -> ScoreEvent:
+    """The event in a record's value.
+
+    Raises BadEvent, saying what is wrong with it.
+    """
+    if value is None:
+        raise BadEvent("no value")
+    try:
+        event = _decode(value)
+        ms, _ = event.version
+    except (msgspec.DecodeError, ValueError) as error:
+        raise BadEvent(str(error)) from error
+    if ms != event.at:
+        raise BadEvent(f"`at` is the id's milliseconds: expected {ms}, got {event.at}")
+    return event
+
+
+def events_of_entry(entry_id: str, payload: bytes) -> Iterator[ScoreEvent]:
+    """The events in one outbox entry, in the order they were applied."""
+    board, *fields = _decode_entry(payload)
+    at = int(entry_id.split("-")[0])
+    changes = iter(fields)
+    for index, (player, delta, score) in enumerate(zip(changes, changes, changes, strict=True)):
+        yield ScoreEvent(f"{entry_id}-{index}", board, player, delta, score, at)

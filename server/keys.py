@@ -1,0 +1,62 @@
+"""Every Redis key, and nothing else: no other module spells one.
+
+Ids come from outside, so `:` and `%` in them are percent-encoded: no two pairs of ids share a key.
+Keys of the board `main` are bare; another board's stand behind `board:{name}:`.
+"""
+
+from __future__ import annotations
+
+MAIN_BOARD = "main"
+
+
+def encode_id(raw: str) -> str:
+    """An id as it may stand between colons."""
+    if ":" in raw or "%" in raw:
+        return raw.replace("%", "%25").replace(":", "%3A")
+    return raw
+
+
+class BoardKeys:
+    """The keys of one board."""
+
+    __slots__ = ("_player_prefix", "leaderboard", "name")
+
+    def __init__(self, prefix: str, board: str) -> None:
+        scope = prefix if board == MAIN_BOARD else f"{prefix}board:{board}:"
+        self.name = board
+        self.leaderboard = f"{scope}leaderboard"
+        self._player_prefix = f"{scope}player:"
+
+    def score(self, player: str) -> str:
+        """The string that holds one player's score."""
+        return f"{self._player_prefix}{encode_id(player)}:score"
+
+
+class Keys:
+    """The keys that all boards of one deployment share, and the way to each board's own."""
+
+    __slots__ = ("_boards", "_prefix", "_ratelimit_prefix", "outbox", "ready", "rebuild_lock", "relay_lease")
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._boards: dict[str, BoardKeys] = {}
+        self._ratelimit_prefix = f"{prefix}ratelimit:"
+        self.outbox = f"{prefix}outbox"
+        self.ready = f"{prefix}scoreboard:ready"
+        self.rebuild_lock = f"{prefix}scoreboard:rebuild-lock"
+        self.relay_lease = f"{prefix}scoreboard:relay-lease"
+
+    def board(self, name: str) -> BoardKeys:
+        """The keys of the board `name`."""
+        keys = self._boards.get(name)
+        if keys is None:
+            keys = self._boards[name] = BoardKeys(self._prefix, name)
+        return keys
+
+    def ratelimit(self, subject: str) -> str:
+        """Theoretical arrival time (GCRA) of one subject, in µs of the Redis clock."""
+        return self._ratelimit_prefix + encode_id(subject)
+
+    def session(self, session_id: str) -> str:
+        """Number and reply of the last batch of one server's session."""
+        return f"{self._prefix}session:{session_id}"

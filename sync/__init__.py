@@ -1,0 +1,1 @@
+"""The sidecar: the relay moves the outbox into Kafka, the persister moves Kafka into TimescaleDB."""
