@@ -77,12 +77,17 @@ class Problem(ScoreboardError):
         self.headers = headers
         self.close = close
 
+    @property
+    def title(self) -> str:
+        """The status in words."""
+        return http.HTTPStatus(self.status).phrase
+
     def body(self) -> bytes:
         """The JSON document of RFC 9457."""
         return msgspec.json.encode(
             {
                 "type": f"urn:scoreboard:{self.kind}",
-                "title": http.HTTPStatus(self.status).phrase,
+                "title": self.title,
                 "status": self.status,
                 "detail": self.detail,
             }

@@ -1,0 +1,506 @@
+"""The only module that touches uWebSockets; everything else sees Server, Request and Socket.
+
+socketify's wheel carries the library; its Python wrappers are not used, because they keep C pointers alive
+through reference cycles and abort the process under load. Here the C side only ever holds an integer token.
+Whatever can go wrong in C is made impossible at this border:
+
+* a Request is answered once, or not at all if its client is gone; a handler that raises still answers;
+* a Socket drops its pointer in the close callback, so a late send is a value (CLOSED), never a crash;
+* bodies and waiting times are bounded here, since uWebSockets bounds neither.
+
+uWebSockets runs on uvloop's own libuv loop: one loop, one epoll, nothing to pump. Three rules follow:
+uvloop's libuv is made visible before socketify's library is opened; the loop is never closed (uvloop would take
+uWebSockets' handles for its own and crash), so `run` ends the process; Linux only. Knows nothing of scores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import enum
+import itertools
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Final, NoReturn, Protocol
+
+import uvloop.loop
+
+from server.errors import CloseCode, Problem, UwsError
+
+if sys.platform != "linux":
+    raise UwsError("uWebSockets shares uvloop's loop through Linux's symbol lookup: expected Linux")
+if "socketify.native" in sys.modules:
+    raise UwsError("socketify's library was opened before uvloop's libuv was made visible")
+ctypes.CDLL(uvloop.loop.__file__, mode=ctypes.RTLD_GLOBAL)
+if not hasattr(ctypes.CDLL(None), "uv_run"):
+    raise UwsError("this uvloop does not export libuv's functions: expected the one in constraints.txt")
+try:
+    from socketify.native import ffi, lib, library_path
+except OSError as error:
+    raise UwsError(f"socketify's library cannot be opened (x86-64 and libuv1 are needed): {error}") from error
+
+_log = logging.getLogger(__name__)
+
+SSL: Final = 0
+TEXT: Final = 1
+JSON: Final = b"application/json"
+PROBLEM_JSON: Final = b"application/problem+json"
+
+BACKLOG: Final = 4096
+"""Connections waiting to be accepted; uSockets asks for 512, too few for a reconnect storm."""
+
+SEND_BUFFER_BYTES: Final = 65_536
+"""SO_SNDBUF that accepted sockets inherit: it bounds what the kernel buffers for a client that never reads."""
+
+EXCLUSIVE_PORT: Final = 1
+SHARED_PORT: Final = 0
+
+BODY_TIMEOUT_S: Final = 10.0
+"""Longest a body may take to arrive; uWebSockets itself bounds only the pauses in it."""
+
+SWEEP_INTERVAL_S: Final = 0.25
+DISCARD_BYTES: Final = 4 * 2**20
+"""How much of a body that is too large is read and dropped, so that its sender gets to see the 413."""
+
+_poll = ctypes.CDLL(library_path).us_poll_fd
+_poll.argtypes, _poll.restype = [ctypes.c_void_p], ctypes.c_int
+_tokens = itertools.count(1)
+
+Handler = Callable[["Request"], None]
+
+
+class SendStatus(enum.IntEnum):
+    """What became of a message; BACKPRESSURE means buffered, not lost."""
+
+    BACKPRESSURE = 0
+    SENT = 1
+    DROPPED = 2
+    CLOSED = 3
+
+
+def _token(user_data: Any) -> int:
+    return int(ffi.cast("uintptr_t", user_data))
+
+
+def _view(getter: Callable[..., int], *arguments: Any) -> bytes:
+    """What a getter of the kind `size_t f(…, const char **)` points at, copied."""
+    pointer = ffi.new("const char **")
+    length = getter(*arguments, pointer)
+    return bytes(ffi.unpack(pointer[0], length)) if length else b""
+
+
+def _report(exception: type[BaseException], value: BaseException, traceback: Any) -> None:
+    """Say what escaped a C callback; cffi would print it to a terminal nobody reads."""
+    _log.error("callback failed", exc_info=(exception, value, traceback))
+
+
+class Request:
+    """One HTTP exchange.
+
+    What the request line and headers say must be read before the handler returns; afterwards only `body` and
+    `answer` remain. Answering twice, or after the client left, does nothing.
+    """
+
+    __slots__ = (
+        "_limit", "_on_body", "_received", "_req", "_res", "_server", "body", "done", "head_lines", "received_s", "token"
+    )  # fmt: skip
+
+    def __init__(self, server: Server, res: Any, req: Any) -> None:
+        self._server = server
+        self._res = res
+        self._req = req
+        self._on_body: Handler | None = None
+        self._limit = 0
+        self._received = 0
+        self.token = 0
+        self.body = b""
+        self.done = False
+        self.head_lines = server.head_lines
+        """Header lines, each after a CRLF, that go with whatever is answered (CORS)."""
+        self.received_s = time.monotonic()
+        """When the request was complete, on the monotonic clock."""
+
+    def header(self, name: bytes) -> bytes:
+        """The value of the header `name` (lower case), b"" when absent. Only inside the handler."""
+        assert self._req is not None, "headers are gone once the handler has returned"
+        return _view(lib.uws_req_get_header, self._req, name, len(name))
+
+    @property
+    def method(self) -> str:
+        """In upper case. Only inside the handler."""
+        assert self._req is not None, "the request line is gone once the handler has returned"
+        return _view(lib.uws_req_get_case_sensitive_method, self._req).decode("latin-1")
+
+    @property
+    def query(self) -> str:
+        """The query string as sent, without its question mark. Only inside the handler."""
+        assert self._req is not None, "the request line is gone once the handler has returned"
+        return _view(lib.uws_req_get_full_url, self._req).decode("latin-1").partition("?")[2]
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end of the connection, "" once answered."""
+        return "" if self.done else _view(lib.uws_res_get_remote_address_as_text, SSL, self._res).decode()
+
+    def read_body(self, limit: int, on_body: Handler) -> None:
+        """Call `on_body` when all of `body` is there; answers 413 above `limit` bytes and 408 when too slow."""
+        self._limit = limit
+        self._on_body = on_body
+        self._server.hold(self)
+        lib.uws_res_on_data(SSL, self._res, _on_data, ffi.cast("void *", self.token))
+
+    @property
+    def awaits_body(self) -> bool:
+        """Whether a body was asked for and is not complete yet."""
+        return self._on_body is not None
+
+    def answer(self, head: bytes, body: bytes | None, content_type: bytes = JSON, *, close: bool = False) -> bool:
+        """Send status line, headers and body in one call to C; False if nobody is left to answer.
+
+        `head` is the status, then any header lines, each after a CRLF: b"200 OK\\r\\nVary: Origin".
+        A `body` of None sends none, and no Content-Length.
+        """
+        if self.done:
+            return False
+        self.done = True
+        server = self._server
+        server.pending.pop(self.token, None)
+        head += self.head_lines
+        data, length = (ffi.NULL, 0) if body is None else (body, len(body))
+        lib.socketify_res_cork_send(
+            SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining
+        )
+        return True
+
+    def answer_head(self, head: bytes, body: bytes, content_type: bytes = JSON) -> bool:
+        """Answer HEAD: what GET would send, without its body."""
+        return self.answer(head + b"\r\nContent-Length: %d" % len(body), None, content_type)
+
+    def problem(self, problem: Problem) -> bool:
+        """Answer with a problem document."""
+        fields = "".join(f"\r\n{name}: {value}" for name, value in problem.headers)
+        head = f"{problem.status} {problem.title}{fields}".encode()
+        return self.answer(head, problem.body(), PROBLEM_JSON, close=problem.close)
+
+    def fail(self, error: BaseException) -> bool:
+        """Answer a fault of ours: 500 with an id that the log repeats."""
+        fault = secrets.token_hex(8)
+        _log.error("request failed, fault %s", fault, exc_info=error)
+        return self.problem(Problem(500, f"an internal error, logged as {fault}"))
+
+    def guard(self, handler: Handler) -> None:
+        """Run `handler`; whatever it raises becomes the answer."""
+        try:
+            handler(self)
+        except Problem as problem:
+            self.problem(problem)
+        except Exception as error:
+            self.fail(error)
+
+    def forget(self) -> None:
+        """The client is gone: the C side has freed the response."""
+        self.done = True
+
+    def _begin(self, handler: Handler) -> None:
+        self.guard(handler)
+        self._req = None
+        if not self.done and not self.token:
+            self._server.hold(self)
+
+    def _receive(self, chunk: bytes, last: bool) -> None:
+        self._received += len(chunk)
+        too_large = self._received > self._limit
+        self.body = b"" if too_large else self.body + chunk
+        if too_large and (last or self._received > DISCARD_BYTES):
+            self.problem(Problem(413, f"expected a body of at most {self._limit} bytes, got more", close=True))
+        elif last:
+            on_body, self._on_body = self._on_body, None
+            self.received_s = time.monotonic()
+            assert on_body is not None
+            self.guard(on_body)
+
+
+class Socket:
+    """One WebSocket connection. Every method is safe after its close: it then does nothing."""
+
+    __slots__ = ("_ws", "state")
+
+    def __init__(self, ws: Any, state: Any) -> None:
+        self._ws = ws
+        self.state = state
+
+    def send(self, text: bytes) -> SendStatus:
+        """Send one text message."""
+        if self._ws is None:
+            return SendStatus.CLOSED
+        return SendStatus(lib.uws_ws_send(SSL, self._ws, text, len(text), TEXT))
+
+    def subscribe(self, topic: bytes) -> None:
+        """Get what is published on `topic` from now on."""
+        if self._ws is not None:
+            lib.uws_ws_subscribe(SSL, self._ws, topic, len(topic))
+
+    def unsubscribe(self, topic: bytes) -> None:
+        """Get no more of `topic`."""
+        if self._ws is not None:
+            lib.uws_ws_unsubscribe(SSL, self._ws, topic, len(topic))
+
+    @property
+    def buffered_bytes(self) -> int:
+        """Bytes that wait here because the client does not read them."""
+        return 0 if self._ws is None else int(lib.uws_ws_get_buffered_amount(SSL, self._ws))
+
+    def end(self, code: CloseCode, reason: bytes) -> None:
+        """Close politely. An empty reason would make uWebSockets do nothing at all."""
+        assert reason, "expected a reason"
+        if self._ws is not None:
+            lib.uws_ws_end(SSL, self._ws, int(code), reason, len(reason))
+
+    def drop(self) -> None:
+        """Close the connection now, without a goodbye."""
+        if self._ws is not None:
+            lib.uws_ws_close(SSL, self._ws)
+
+    def _closed(self) -> None:
+        self._ws = None
+
+
+class SocketEvents(Protocol):
+    """What a WebSocket route does. Every method runs on the loop and must not block."""
+
+    def accept(self, request: Request) -> Any:
+        """The state of the connection to be; raises Problem to refuse it."""
+
+    def opened(self, connection: Socket) -> None:
+        """A connection is there."""
+
+    def received(self, connection: Socket, text: bytes) -> None:
+        """The client sent a message."""
+
+    def drained(self, connection: Socket) -> None:
+        """Some of what was buffered has left."""
+
+    def closed(self, connection: Socket) -> None:
+        """The connection is gone, for whatever reason."""
+
+
+class Server:
+    """One uWebSockets app on the running loop: routes, one listening socket, topics.
+
+    There is one per process, since uWebSockets keeps one loop per thread.
+    """
+
+    def __init__(self, request_timeout_s: float = 5.0) -> None:
+        """`request_timeout_s` is the last resort for requests that nobody answers."""
+        self.pending: dict[int, Request] = {}
+        self.sockets: dict[int, Socket] = {}
+        self.draining = False
+        self.head_lines = b""
+        self._request_timeout_s = request_timeout_s
+        self._states: dict[int, Any] = {}
+        self._callbacks: list[Any] = []
+        self._listening: Any = None
+        options = ffi.new("struct us_socket_context_options_t *")
+        self._app = lib.uws_create_app(SSL, options[0])
+        _running.append(self)
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
+
+    def route(self, path: str, handlers: Mapping[str, Handler]) -> None:
+        """Serve `path`: one handler per method; HEAD and others fall to `*` if it is there."""
+        methods = {"GET": lib.uws_app_get, "POST": lib.uws_app_post, "HEAD": lib.uws_app_head}
+        for method, handler in handlers.items():
+            register = lib.uws_app_any if method == "*" else methods[method]
+            register(SSL, self._app, path.encode(), self._method_callback(handler), ffi.NULL)
+
+    def _method_callback(self, handler: Handler) -> Any:
+        def call(res: Any, req: Any, _user_data: Any) -> None:
+            Request(self, res, req)._begin(handler)
+
+        return self._keep("void(uws_res_t*, uws_req_t*, void*)", call)
+
+    def _keep(self, signature: str, function: Callable[..., None]) -> Any:
+        callback = ffi.callback(signature, function, onerror=_report)
+        self._callbacks.append(callback)
+        return callback
+
+    def hold(self, request: Request) -> None:
+        """Keep a request that is not answered within its handler; it is let go when answered or aborted."""
+        request.token = next(_tokens)
+        self.pending[request.token] = request
+        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, ffi.cast("void *", request.token))
+
+    def _sweep(self) -> None:
+        now_s = time.monotonic()
+        for request in list(self.pending.values()):
+            waited_s = now_s - request.received_s
+            if request.awaits_body and waited_s > BODY_TIMEOUT_S:
+                limit = f"expected the whole body within {BODY_TIMEOUT_S:g} s"
+                request.problem(Problem(408, limit, close=True))
+            elif not request.awaits_body and waited_s > self._request_timeout_s:
+                request.fail(TimeoutError(f"no answer within {self._request_timeout_s:g} s"))
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
+
+    def websocket(
+        self, path: str, events: SocketEvents, *, max_message_bytes: int, max_backpressure_bytes: int, idle_timeout_s: int
+    ) -> None:
+        """Serve WebSockets at `path`.
+
+        Publishing to a socket with more than `max_backpressure_bytes` buffered loses the message without a word:
+        whoever publishes has to look at `buffered_bytes` first. uWebSockets aborts on an `idle_timeout_s` outside
+        0 or 8 to 960.
+        """
+        assert idle_timeout_s == 0 or 8 <= idle_timeout_s <= 960, "expected idle_timeout_s 0 or 8 to 960"
+
+        def upgrade(res: Any, req: Any, context: Any, _user_data: Any) -> None:
+            request = Request(self, res, req)
+            request.guard(lambda request: self._upgrade(request, context, events.accept(request)))
+
+        def opened(ws: Any, _user_data: Any) -> None:
+            token = _token(lib.uws_ws_get_user_data(SSL, ws))
+            connection = self.sockets[token] = Socket(ws, self._states.pop(token))
+            events.opened(connection)
+
+        def received(ws: Any, text: Any, length: int, _opcode: int, _user_data: Any) -> None:
+            connection = self.sockets[_token(lib.uws_ws_get_user_data(SSL, ws))]
+            events.received(connection, bytes(ffi.unpack(text, length)) if length else b"")
+
+        def drained(ws: Any, _user_data: Any) -> None:
+            connection = self.sockets.get(_token(lib.uws_ws_get_user_data(SSL, ws)))
+            if connection is not None:
+                events.drained(connection)
+
+        def closed(ws: Any, _code: int, _reason: Any, _length: int, _user_data: Any) -> None:
+            connection = self.sockets.pop(_token(lib.uws_ws_get_user_data(SSL, ws)))
+            connection._closed()
+            events.closed(connection)
+
+        # Filled by hand: socketify's own wrapper sets `drain` to NULL.
+        behavior = ffi.new("uws_socket_behavior_t *")
+        behavior.maxPayloadLength = max_message_bytes
+        behavior.maxBackpressure = max_backpressure_bytes
+        behavior.idleTimeout = idle_timeout_s
+        behavior.sendPingsAutomatically = True
+        behavior.upgrade = self._keep("void(uws_res_t*, uws_req_t*, uws_socket_context_t*, void*)", upgrade)
+        behavior.open = self._keep("void(uws_websocket_t*, void*)", opened)
+        behavior.message = self._keep("void(uws_websocket_t*, const char*, size_t, uws_opcode_t, void*)", received)
+        behavior.drain = self._keep("void(uws_websocket_t*, void*)", drained)
+        behavior.close = self._keep("void(uws_websocket_t*, int, const char*, size_t, void*)", closed)
+        self._callbacks.append(behavior)
+        lib.uws_ws(SSL, self._app, path.encode(), behavior[0], ffi.NULL)
+
+    def _upgrade(self, request: Request, context: Any, state: Any) -> None:
+        token = next(_tokens)
+        self._states[token] = state
+        key = request.header(b"sec-websocket-key")
+        protocol = request.header(b"sec-websocket-protocol")
+        request.done = True
+        user_data = ffi.cast("void *", token)
+        # No extensions are offered: compressing each frame for each socket would cost more than it saves.
+        lib.uws_res_upgrade(SSL, request._res, user_data, key, len(key), protocol, len(protocol), b"", 0, context)
+
+    def publish(self, topic: bytes, text: bytes) -> None:
+        """Send `text` to every subscriber of `topic`; it leaves in this loop turn."""
+        lib.uws_publish(SSL, self._app, topic, len(topic), text, len(text), TEXT, False)
+
+    def listen(self, host: str, port: int, *, shared: bool = False) -> int:
+        """Listen, and return the port (a free one for 0).
+
+        Raises UwsError when the port is taken. `shared` lets several processes listen on it (SO_REUSEPORT).
+        """
+
+        @ffi.callback("void(struct us_listen_socket_t*, uws_app_listen_config_t, void*)")
+        def listening(listen_socket: Any, _config: Any, _user_data: Any) -> None:
+            self._listening = listen_socket or None
+
+        config = ffi.new("uws_app_listen_config_t *")
+        address = ffi.new("char[]", host.encode())
+        config.host, config.port = address, port
+        config.options = SHARED_PORT if shared else EXCLUSIVE_PORT
+        lib.uws_app_listen_with_config(SSL, self._app, config[0], listening, ffi.NULL)
+        if self._listening is None:
+            raise UwsError(f"cannot listen on {host}:{port}: taken by another process, or no address of this machine")
+        descriptor = _poll(int(ffi.cast("uintptr_t", self._listening)))
+        with socket.socket(fileno=os.dup(descriptor)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+            listener.listen(BACKLOG)
+            bound: int = listener.getsockname()[1]
+        return bound
+
+    async def drain(self, grace_s: float) -> None:
+        """Stop listening, close every socket with 1001, and wait for the requests in flight."""
+        self.draining = True
+        if self._listening is not None:
+            lib.us_listen_socket_close(SSL, self._listening)
+            self._listening = None
+        for connection in list(self.sockets.values()):
+            connection.end(CloseCode.GOING_AWAY, b"restarting")
+        deadline_s = time.monotonic() + grace_s
+        while self.pending and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        # A few more turns of the loop, so that close frames and last answers leave.
+        await asyncio.sleep(0.05)
+
+
+_running: list[Server] = []
+"""The server of this process: what the two callbacks below look requests up in."""
+
+
+@ffi.callback("void(uws_res_t*, void*)", onerror=_report)
+def _on_aborted(_res: Any, user_data: Any) -> None:
+    request = _running[-1].pending.pop(_token(user_data), None)
+    if request is not None:
+        request.forget()
+
+
+@ffi.callback("void(uws_res_t*, const char*, size_t, bool, void*)", onerror=_report)
+def _on_data(_res: Any, chunk: Any, length: int, last: bool, user_data: Any) -> None:
+    request = _running[-1].pending.get(_token(user_data))
+    if request is not None:  # a late chunk of a request that has its answer finds nothing
+        request._receive(bytes(ffi.unpack(chunk, length)) if length else b"", last)
+
+
+def _adopt(loop: asyncio.AbstractEventLoop) -> None:
+    """Make uWebSockets run on uvloop's loop."""
+    pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    lib.uws_get_loop_with_native(ffi.cast("void *", pointer(uvloop.loop.libuv_get_loop_t_ptr(loop), None)))
+
+
+def run(main: Coroutine[Any, Any, int]) -> NoReturn:
+    """Run `main` on uvloop with uWebSockets inside, then end the process with what it returns.
+
+    The process ends here because the loop must never be closed.
+    """
+    status = 1
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    _adopt(loop)
+    try:
+        status = loop.run_until_complete(main)
+    except BaseException:
+        _log.exception("stopped by an error")
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+async def stop_signal(signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> signal.Signals:
+    """Wait for the signal to stop; a second one ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stopped: asyncio.Future[signal.Signals] = loop.create_future()
+
+    def stop(received: signal.Signals) -> None:
+        if stopped.done():
+            os._exit(128 + received)
+        stopped.set_result(received)
+
+    for each in signals:
+        loop.add_signal_handler(each, stop, each)
+    return await stopped
