@@ -1,0 +1,92 @@
+"""Reading TimescaleDB: a board's top when Redis is away, and the scores to fill Redis from.
+
+Only ever reads; what writes is sync/store.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+import psycopg
+import psycopg_pool
+from psycopg.rows import TupleRow
+
+TOP_LIMIT: Final = 1000
+"""Players in the longest list anyone may ask for."""
+
+MAX_AGE_S: Final = 1.0
+"""How long one reading of a board's top serves everybody: at most one query a second and board."""
+
+QUERY_TIMEOUT_S: Final = 1.5
+CHUNK_ROWS: Final = 5000
+
+Entry = tuple[str, int]
+"""(player, score)"""
+
+# Equal scores by player id descending, as ZREVRANGE does: by bytes, hence the collation.
+_TOP = """
+    SELECT player_id, score FROM scores WHERE board = %s
+    ORDER BY score DESC, player_id COLLATE "C" DESC LIMIT %s
+"""
+_SCORES = "SELECT board, player_id, score, ver_ms, ver_seq FROM scores"
+
+
+class Database:
+    """A pool of connections that comes and goes with the database."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._pool: psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]] | None = None
+        self._tops: dict[str, tuple[float, list[Entry]]] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def open(self) -> None:
+        """Make the pool; it connects when first asked for something."""
+        self._pool = psycopg_pool.AsyncConnectionPool(
+            self._url,
+            min_size=0,
+            max_size=2,
+            open=False,
+            timeout=QUERY_TIMEOUT_S,
+            reconnect_timeout=5,
+            kwargs={"autocommit": True, "connect_timeout": 2, "application_name": "scoreboard-server"},
+        )
+        await self._pool.open()
+
+    async def top(self, board: str, limit: int) -> list[Entry]:
+        """The board's first `limit` players, highest first; at most MAX_AGE_S old.
+
+        Raises psycopg.Error or TimeoutError.
+        """
+        async with self._locks.setdefault(board, asyncio.Lock()):
+            read_s, entries = self._tops.get(board, (-MAX_AGE_S, []))
+            if time.monotonic() - read_s >= MAX_AGE_S:
+                async with asyncio.timeout(QUERY_TIMEOUT_S):
+                    entries = await self._read_top(board)
+                self._tops[board] = (time.monotonic(), entries)
+        return entries[:limit]
+
+    async def _read_top(self, board: str) -> list[Entry]:
+        assert self._pool is not None
+        async with self._pool.connection() as connection:
+            cursor = await connection.execute(_TOP, (board, TOP_LIMIT))
+            return [(player, score) for player, score in await cursor.fetchall()]
+
+    async def scores(self) -> AsyncIterator[list[tuple[str, str, int, int, int]]]:
+        """Every (board, player, score, ver_ms, ver_seq), CHUNK_ROWS at a time, as of one moment.
+
+        Raises psycopg.Error.
+        """
+        connection = await psycopg.AsyncConnection.connect(self._url, connect_timeout=2)
+        async with connection, connection.cursor(name="scores") as cursor:
+            await cursor.execute(_SCORES)
+            while rows := await cursor.fetchmany(CHUNK_ROWS):
+                yield [_as_row(row) for row in rows]
+
+
+def _as_row(row: Any) -> tuple[str, str, int, int, int]:
+    board, player, score, ver_ms, ver_seq = row
+    return board, player, score, ver_ms, ver_seq

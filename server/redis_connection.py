@@ -1,0 +1,107 @@
+"""One pipelined connection to Redis: commands go out, replies come to callbacks in the order sent.
+
+The hot path needs two things of a client: no task per command, and commands that leave with everything else of
+the same loop turn. This is just that; hiredis parses. Knows nothing of scores, and never reconnects by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import hiredis
+
+from server.config import Settings
+
+CONNECT_TIMEOUT_S: Final = 1.0
+"""For the handshake; a Redis that is stopped still accepts connections, but never answers."""
+
+OnReply = Callable[[Any], None]
+"""Takes what Redis said: bytes, int, list or None, a hiredis.ReplyError, or ConnectionError when it never came."""
+
+pack = hiredis.pack_command
+
+
+class RedisConnection(asyncio.Protocol):
+    """A connection that is authenticated and ready for commands; `open_connection` makes one."""
+
+    def __init__(self, on_lost: Callable[[RedisConnection], None]) -> None:
+        self._on_lost = on_lost
+        self._reader = hiredis.Reader()
+        self._waiting: deque[OnReply] = deque()
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """asyncio: connected."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """asyncio: some bytes of replies."""
+        reader, waiting = self._reader, self._waiting
+        reader.feed(data)
+        # False stands for "not complete yet": RESP2 has no booleans.
+        while (reply := reader.gets()) is not False:
+            waiting.popleft()(reply)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """asyncio: whoever still waits learns that no reply will come."""
+        self._transport = None
+        waiting, self._waiting = self._waiting, deque()
+        lost = ConnectionError(f"connection to Redis lost: {error or 'closed'}")
+        for on_reply in waiting:
+            on_reply(lost)
+        self._on_lost(self)
+
+    def send(self, command: bytes, on_reply: OnReply) -> None:
+        """Send one packed command; `on_reply` is called exactly once."""
+        if self._transport is None:
+            on_reply(ConnectionError("connection to Redis lost"))
+            return
+        self._waiting.append(on_reply)
+        self._transport.write(command)
+
+    def close(self) -> None:
+        """Drop the connection at once; whoever waits gets a ConnectionError, in a later loop turn."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def execute(self, *command: bytes | str | int) -> Any:
+        """The reply to one command.
+
+        Raises hiredis.ReplyError or ConnectionError.
+        """
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def on_reply(reply: Any) -> None:
+            if future.done():
+                return
+            if isinstance(reply, Exception):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
+
+        self.send(pack(command), on_reply)
+        return await future
+
+
+async def open_connection(settings: Settings, on_lost: Callable[[RedisConnection], None]) -> RedisConnection:
+    """Connect and authenticate.
+
+    Raises OSError, TimeoutError or hiredis.ReplyError.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        _, connection = await loop.create_connection(
+            lambda: RedisConnection(on_lost), settings.redis_host, settings.redis_port
+        )
+        try:
+            if settings.redis_password:
+                await connection.execute("AUTH", settings.redis_password)
+            await connection.execute("CLIENT", "SETNAME", "scoreboard-server")
+        except BaseException:
+            connection.close()
+            raise
+    return connection

@@ -1,0 +1,450 @@
+"""The server's Redis: updates go in as batches, pages and scores come out.
+
+Updates that arrive while a batch is in flight form the next one; an idle server sends a batch of one at once.
+Reads of the same page in the same loop turn share one command, sent behind the updates that came before them, so
+whoever got a 200 sees it. Knows nothing of HTTP: answers go to the functions given at the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import hiredis
+import msgspec
+
+from server.config import Settings
+from server.database import Database, Entry
+from server.errors import NotReady, Problem, ScoreboardError, not_applied, outcome_unknown
+from server.events import MAX_BATCH
+from server.keys import BoardKeys, Keys
+from server.rebuild import distrust, verify
+from server.redis_connection import RedisConnection, open_connection, pack
+
+RETRY_S: Final = 0.2
+WATCH_INTERVAL_S: Final = 1.0
+SWEEP_INTERVAL_S: Final = 0.05
+VERIFY_TIMEOUT_S: Final = 3.0
+DISTRUST_INTERVAL_S: Final = 5.0
+"""Least time between two rebuilds because of damage: one that does not mend it must not be repeated in a loop."""
+
+_SCRIPT: Final = Path(__file__).with_name("apply_updates.lua").read_bytes()
+_STRIDE: Final = 5
+_APPLIED: Final = 0
+_COLD: Final = 1
+
+_log = logging.getLogger(__name__)
+_encode = msgspec.msgpack.Encoder().encode
+_decode_reply = msgspec.msgpack.Decoder(list[int]).decode
+
+
+class Outcome(enum.IntEnum):
+    """What the script made of one update; the value that comes with it stands behind."""
+
+    APPLIED = 0  # the new score
+    LIMITED = 1  # how long to wait, in µs
+    OUT_OF_RANGE = 2  # the score it would have been added to
+    DAMAGED = 3  # nothing: key or member was missing, so a rebuild is needed
+
+
+class Waiter(Protocol):
+    """Whoever waits for an answer."""
+
+    received_s: float
+
+
+OnOutcome = Callable[[Any, int, int], None]
+OnProblem = Callable[[Any, Problem], None]
+OnPage = Callable[[Any, bytes | None], None]
+
+
+class _Batch:
+    """One numbered call of the script, kept until it is answered so that it may be sent again."""
+
+    __slots__ = ("command", "sent_again", "waiters")
+
+    def __init__(self, command: bytes, waiters: list[Any]) -> None:
+        self.command = command
+        self.waiters = waiters
+        self.sent_again = False
+
+
+class _Lane:
+    """The updates of one board: those in flight, and those that wait for the next batch."""
+
+    __slots__ = ("fields", "in_flight", "keys", "number", "session", "waiters")
+
+    def __init__(self, keys: BoardKeys, session: str) -> None:
+        self.keys = keys
+        self.session = session
+        self.number = 0
+        self.in_flight: _Batch | None = None
+        self.waiters: list[Any] = []
+        self.fields: list[str | int] = []
+
+
+class _Page:
+    """The readers of one (board, limit): those in flight, and those that wait for the next read."""
+
+    __slots__ = ("command", "in_flight", "json", "reply", "waiters")
+
+    def __init__(self, board: BoardKeys, limit: int) -> None:
+        self.command = pack(("ZREVRANGE", board.leaderboard, 0, limit - 1, "WITHSCORES"))
+        self.in_flight: list[Any] = []
+        self.waiters: list[Any] = []
+        self.reply: list[bytes] | None = None
+        self.json = b"[]"
+
+
+class Entity(msgspec.Struct, rename="camel", gc=False):
+    """One line of a leaderboard, as clients see it."""
+
+    player_id: str
+    score: int
+
+
+def entries_of(reply: list[bytes]) -> list[Entry]:
+    """(player, score) of what ZREVRANGE … WITHSCORES says; scores come as doubles in text."""
+    pairs = iter(reply)
+    return [(player.decode(), int(float(score))) for player, score in zip(pairs, pairs, strict=True)]
+
+
+def page_json(entries: list[Entry]) -> bytes:
+    """`[{"playerId": …, "score": …}, …]`"""
+    return msgspec.json.encode([Entity(player, score) for player, score in entries])
+
+
+class Scores:
+    """The way to Redis, in three states: away, being verified, ready (`epoch` is set)."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keys: Keys,
+        database: Database,
+        *,
+        on_outcome: OnOutcome,
+        on_problem: OnProblem,
+        on_page: OnPage,
+    ) -> None:
+        """`on_page` gets None as the page when Redis cannot be read."""
+        self.epoch: str | None = None
+        self.reason = "not connected to Redis yet"
+        self.outbox_bytes = 0
+        self.outbox_oldest_ms: int | None = None
+        self._settings = settings
+        self._keys = keys
+        self._database = database
+        self._on_outcome = on_outcome
+        self._on_problem = on_problem
+        self._on_page = on_page
+        self._deadline_s = settings.request_deadline_ms / 1000
+        self._limits = _limits(settings)
+        self._connection: RedisConnection | None = None
+        self._lost = asyncio.Event()
+        self._away_since_s = time.monotonic()
+        self._distrusted_s = -DISTRUST_INTERVAL_S
+        self._sha = b""
+        # New at every start: another process's numbers must not be taken for ours.
+        self._server_id = secrets.token_hex(8)
+        self._lanes: dict[str, _Lane] = {}
+        self._pages: dict[tuple[str, int], _Page] = {}
+        self._flush_scheduled = False
+        self._loop = asyncio.get_running_loop()
+        self.batches = 0
+        self.batched_updates = 0
+
+    # ------------------------------------------------------------------ what the rest of the server calls
+
+    def submit(self, board: str, player: str, delta: int, subject: str, limit: int, waiter: Waiter) -> None:
+        """Apply one change; `on_outcome` or `on_problem` will be called once with `waiter`.
+
+        `limit` says which limit counts for `subject`: 0 none, 1 that of players, 2 that of game servers.
+        """
+        if self.epoch is None and time.monotonic() - self._away_since_s > self._deadline_s:
+            self._on_problem(waiter, not_applied(self.reason))
+            return
+        if self.outbox_bytes > self._settings.outbox_max_bytes:
+            full = f"the outbox holds {self.outbox_bytes} bytes, at most {self._settings.outbox_max_bytes} are allowed"
+            self._on_problem(waiter, not_applied(f"{full}: is the relay or Kafka down?", 5))
+            return
+        lane = self._lanes.get(board)
+        if lane is None:
+            session = self._keys.session(f"{self._server_id}.{board}")
+            lane = self._lanes[board] = _Lane(self._keys.board(board), session)
+        if not self._limits[limit][0]:
+            limit = 0
+        key = self._keys.ratelimit(subject) if limit else ""
+        lane.waiters.append(waiter)
+        lane.fields += (player, lane.keys.score(player), delta, key, limit)
+        if lane.in_flight is None:
+            self._schedule_flush()
+
+    def read_page(self, board: str, limit: int, waiter: Waiter) -> None:
+        """Read a board's first `limit` players; `on_page` will be called once with `waiter`."""
+        if self.epoch is None:
+            self._on_page(waiter, None)
+            return
+        page = self._pages.get((board, limit))
+        if page is None:
+            page = self._pages[board, limit] = _Page(self._keys.board(board), limit)
+        page.waiters.append(waiter)
+        if not page.in_flight:
+            self._schedule_flush()
+
+    def read(self, commands: list[tuple[str | int, ...]], on_replies: Callable[[list[Any] | None], None]) -> None:
+        """Run read commands in one go; `on_replies` gets all replies, or None when Redis cannot be read."""
+        connection = self._connection
+        if self.epoch is None or connection is None:
+            on_replies(None)
+            return
+        replies: list[Any] = []
+
+        def collect(reply: Any) -> None:
+            replies.append(reply)
+            if len(replies) == len(commands):
+                failed = any(isinstance(reply, Exception) for reply in replies)
+                on_replies(None if failed else replies)
+
+        for command in commands:
+            connection.send(pack(command), collect)
+
+    # ------------------------------------------------------------------ batches
+
+    def _schedule_flush(self) -> None:
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        if self.epoch is None:
+            return
+        for lane in self._lanes.values():
+            if lane.waiters and lane.in_flight is None:
+                self._send_batch(lane)
+        for page in self._pages.values():
+            if page.waiters and not page.in_flight:
+                self._send_read(page)
+
+    def _send_batch(self, lane: _Lane) -> None:
+        waiters, fields = lane.waiters[:MAX_BATCH], lane.fields[: MAX_BATCH * _STRIDE]
+        lane.waiters, lane.fields = lane.waiters[MAX_BATCH:], lane.fields[MAX_BATCH * _STRIDE :]
+        lane.number += 1
+        keys = self._keys
+        board, limits = lane.keys, self._limits[1:]  # Lua counts from 1, and 0 stands for none
+        argument = _encode(
+            (keys.ready, lane.session, board.leaderboard, board.name, self.epoch, lane.number, limits, fields)
+        )
+        lane.in_flight = _Batch(pack((b"EVALSHA", self._sha, 1, keys.outbox, argument)), waiters)
+        self.batches += 1
+        self.batched_updates += len(waiters)
+        self._send(lane, lane.in_flight)
+
+    def _send(self, lane: _Lane, batch: _Batch) -> None:
+        assert self._connection is not None
+        self._connection.send(batch.command, lambda reply: self._on_batch_reply(lane, batch, reply))
+
+    def _on_batch_reply(self, lane: _Lane, batch: _Batch, reply: Any) -> None:
+        if lane.in_flight is not batch:
+            return  # given up at its deadline, and answered then
+        if isinstance(reply, ConnectionError):
+            return  # kept: it is sent again, under the same number, over the next connection
+        lane.in_flight = None
+        if isinstance(reply, hiredis.ReplyError):
+            self._refuse(batch, f"Redis refused the batch: {reply}")
+            self._suspect(f"Redis refused a batch: {reply}")
+            return
+        state, *results = _decode_reply(reply)
+        if state == _APPLIED:
+            self._report(batch.waiters, results)
+        else:
+            self._refuse(batch, "Redis was emptied or replaced, and is being verified")
+            if state == _COLD:
+                self._suspect("Redis has no scoreboard of this epoch")
+        if lane.waiters:
+            self._schedule_flush()
+
+    def _report(self, waiters: list[Any], results: list[int]) -> None:
+        on_outcome, pairs = self._on_outcome, iter(results)
+        damaged = False
+        for waiter, outcome, value in zip(waiters, pairs, pairs, strict=True):
+            on_outcome(waiter, outcome, value)
+            damaged |= outcome == Outcome.DAMAGED
+        if damaged:
+            self._distrust()
+
+    def _refuse(self, batch: _Batch, why: str) -> None:
+        """Answer a batch that Redis did not apply now; whether it did before is another matter."""
+        problem = outcome_unknown(why) if batch.sent_again else not_applied(why)
+        for waiter in batch.waiters:
+            self._on_problem(waiter, problem)
+
+    # ------------------------------------------------------------------ pages
+
+    def _send_read(self, page: _Page) -> None:
+        assert self._connection is not None
+        page.in_flight, page.waiters = page.waiters, []
+        self._connection.send(page.command, lambda reply: self._on_page_reply(page, reply))
+
+    def _on_page_reply(self, page: _Page, reply: Any) -> None:
+        readers, page.in_flight = page.in_flight, []
+        json: bytes | None = None
+        if isinstance(reply, list):
+            if reply != page.reply:
+                page.reply, page.json = reply, page_json(entries_of(reply))
+            json = page.json
+        for waiter in readers:
+            self._on_page(waiter, json)
+        if page.waiters:
+            self._schedule_flush()
+
+    # ------------------------------------------------------------------ connection
+
+    async def run(self) -> None:
+        """Keep a verified connection, for ever."""
+        sweeper = asyncio.create_task(self._sweep())
+        try:
+            while True:
+                try:
+                    await self._connect()
+                    await self._watch()
+                except (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError) as error:
+                    self._suspect(f"Redis at {self._settings.redis_host}:{self._settings.redis_port}: {_sentence(error)}")
+                await asyncio.sleep(RETRY_S)
+        finally:
+            sweeper.cancel()
+
+    async def _connect(self) -> None:
+        self._lost.clear()
+        connection = self._connection = await open_connection(self._settings, self._on_lost)
+        self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
+        async with asyncio.timeout(VERIFY_TIMEOUT_S) as timeout:
+            # A rebuild takes as long as it takes; its own steps notice when Redis is gone.
+            epoch = await verify(connection, self._keys, self._database, lambda: timeout.reschedule(None))
+        self._go(epoch)
+
+    def _go(self, epoch: str) -> None:
+        self.epoch, self.reason = epoch, ""
+        _log.info("Redis is verified, epoch %s", epoch)
+        for lane in self._lanes.values():
+            if lane.in_flight is not None:
+                lane.in_flight.sent_again = True
+                self._send(lane, lane.in_flight)
+        self._schedule_flush()
+
+    async def _watch(self) -> None:
+        """Look after a ready connection until it is lost."""
+        while self.epoch is not None and self._connection is not None:
+            await self._look(self._connection)
+            try:
+                await asyncio.wait_for(self._lost.wait(), WATCH_INTERVAL_S)
+            except TimeoutError:
+                continue
+
+    async def _look(self, connection: RedisConnection) -> None:
+        async with asyncio.timeout(self._deadline_s):
+            epoch = await connection.execute("HGET", self._keys.ready, "epoch")
+            self.outbox_bytes = await connection.execute("MEMORY", "USAGE", self._keys.outbox) or 0
+            oldest = await connection.execute("XRANGE", self._keys.outbox, "-", "+", "COUNT", 1)
+        self.outbox_oldest_ms = int(oldest[0][0].split(b"-")[0]) if oldest else None
+        if self.epoch is not None and epoch != self.epoch.encode():
+            self._suspect("Redis has no scoreboard of this epoch")
+
+    def _suspect(self, why: str) -> None:
+        """Drop the connection, so that the next one is verified anew."""
+        self._away(why)
+        if self._connection is not None:
+            self._connection.close()
+
+    def _distrust(self) -> None:
+        now_s = time.monotonic()
+        connection = self._connection
+        if connection is None or now_s - self._distrusted_s < DISTRUST_INTERVAL_S:
+            return
+        self._distrusted_s = now_s
+        _log.error("a player's score and place on the board do not both exist: rebuilding")
+
+        async def take_marker() -> None:
+            try:
+                await distrust(connection, self._keys)
+            except (ConnectionError, hiredis.HiredisError) as error:
+                _log.warning("cannot take the marker away: %s", error)
+            self._suspect("a damaged board is being rebuilt")
+
+        self._mending = self._loop.create_task(take_marker())
+
+    def _on_lost(self, connection: RedisConnection) -> None:
+        if connection is self._connection:
+            self._connection = None
+            self._away("connection to Redis lost")
+            self._lost.set()
+
+    def _away(self, reason: str) -> None:
+        if self.epoch is not None:
+            self.epoch = None
+            self._away_since_s = time.monotonic()
+        if reason != self.reason:
+            _log.warning("%s", reason)
+        self.reason = reason
+
+    # ------------------------------------------------------------------ deadlines
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            expired_s = time.monotonic() - self._deadline_s
+            for lane in self._lanes.values():
+                self._sweep_lane(lane, expired_s)
+            for page in self._pages.values():
+                self._sweep_page(page, expired_s + self._deadline_s / 2)
+
+    def _sweep_lane(self, lane: _Lane, expired_s: float) -> None:
+        batch = lane.in_flight
+        if batch is not None and batch.waiters[0].received_s < expired_s:
+            # The next batch carries the next number, which fences this one off.
+            lane.in_flight = None
+            problem = outcome_unknown("Redis did not answer in time: the change may have been applied")
+            for waiter in batch.waiters:
+                self._on_problem(waiter, problem)
+            self._suspect("Redis did not answer in time")
+        late = 0
+        while late < len(lane.waiters) and lane.waiters[late].received_s < expired_s:
+            self._on_problem(lane.waiters[late], not_applied(self.reason or "Redis is slow"))
+            late += 1
+        if late:
+            del lane.waiters[:late], lane.fields[: late * _STRIDE]
+
+    def _sweep_page(self, page: _Page, expired_s: float) -> None:
+        """Send readers to the database while there is time left to ask it."""
+        if page.in_flight and page.in_flight[0].received_s < expired_s:
+            self._suspect("Redis did not answer in time")
+        late = 0
+        while late < len(page.waiters) and page.waiters[late].received_s < expired_s:
+            late += 1
+        readers, page.waiters = page.waiters[:late], page.waiters[late:]
+        for waiter in readers:
+            self._on_page(waiter, None)
+
+
+def _limits(settings: Settings) -> list[tuple[int, int]]:
+    """[none, players, game servers] as GCRA's (emission interval, window) in µs; (0, 0) is no limit."""
+    rates = (
+        (0.0, 0),
+        (settings.rate_limit_per_second, settings.rate_limit_burst),
+        (settings.rate_limit_writers_per_second, settings.rate_limit_writers_burst),
+    )
+    intervals = [(round(1_000_000 / rate), burst) if rate else (0, 0) for rate, burst in rates]
+    return [(interval_us, interval_us * burst) for interval_us, burst in intervals]
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, NotReady):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else "did not answer in time"
