@@ -1,0 +1,287 @@
+"""Child processes: started, started again when they die, stopped in order, and never outliving their parent.
+
+Knows nothing of what the children do. Run as a script, this file is the wrapper that every child goes
+through: it asks the kernel to end the child together with its parent, then becomes the child. It imports
+the standard library only, since that script runs outside of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+FIRST_DELAY_S: Final = 0.2
+LONGEST_DELAY_S: Final = 5.0
+STEADY_AFTER_S: Final = 10.0
+"""A child that lived this long starts over with the first delay."""
+
+_LOOK_EVERY_S: Final = 0.05
+_PR_SET_PDEATHSIG: Final = 1
+_log = logging.getLogger("supervisor")
+
+
+class Child:
+    """One process: its name, its command line, and whatever runs of it at the moment.
+
+    `log` gets its output (appended), else it shares ours. It has a session of its own, so a Ctrl-C in the terminal
+    reaches only us; if we die, however we die, the kernel sends it `orphan_signal`. `owner` is (uid, gid) to run as.
+
+    Start it from the main thread: the kernel's signal comes when the *thread* that started the child ends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        *,
+        log: Path | None = None,
+        cwd: Path | None = None,
+        owner: tuple[int, int] | None = None,
+        orphan_signal: signal.Signals = signal.SIGKILL,
+    ) -> None:
+        self.name = name
+        self.argv = list(argv)
+        self.env = env
+        self.log = log
+        self.cwd = cwd
+        self.owner = owner
+        self.orphan_signal = orphan_signal
+        self.stop_signal = signal.SIGTERM
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs, or ran last."""
+        assert self._process is not None, f"{self.name} was never started"
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there; a paused one is."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs or before its first start."""
+        return self._process.poll() if self._process else None
+
+    def start(self) -> None:
+        """Start the process; returns before it is ready for anything."""
+        assert not self.running, f"{self.name} runs already"
+        with contextlib.ExitStack() as stack:
+            output = None
+            if self.log:
+                output = stack.enter_context(self.log.open("ab"))
+                self._log_start = output.tell()
+            self._process = subprocess.Popen(
+                _wrapped(self.argv, self.orphan_signal, self.owner),
+                env=self.env,
+                cwd=self.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def stop(self, grace_s: float = 10.0) -> int | None:
+        """Ask it to end, wake it if it is paused, and kill it when `grace_s` is over; returns its exit status."""
+        if self.running:
+            self._send(self.stop_signal)
+            self.resume()
+            try:
+                self._wait(grace_s)
+            except subprocess.TimeoutExpired:
+                _log.warning("%s did not end within %.0f s and is killed", self.name, grace_s)
+                self.kill()
+        return self.status
+
+    def kill(self) -> None:
+        """End it as a power cut would (SIGKILL), with all its children."""
+        family = self._family()
+        self._send(signal.SIGKILL)
+        for pid in family:
+            _signal_if_there(pid, signal.SIGKILL)
+        self._wait(10)
+        deadline = time.monotonic() + 10
+        while any(map(alive, family)) and time.monotonic() < deadline:
+            time.sleep(0.005)
+
+    def pause(self) -> None:
+        """Stop it as a debugger would (SIGSTOP), with all its children: connections stay open, nothing answers."""
+        self._send(signal.SIGSTOP)
+        for pid in self._family():
+            _signal_if_there(pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on after `pause`."""
+        for pid in self._family():
+            _signal_if_there(pid, signal.SIGCONT)
+        self._send(signal.SIGCONT)
+
+    def output_tail(self, lines: int = 20) -> str:
+        """The last lines of its log since the last start; empty without a log."""
+        if not self.log or not self.log.exists():
+            return ""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+
+    def _send(self, number: signal.Signals) -> None:
+        if self._process:
+            self._process.send_signal(number)
+
+    def _wait(self, timeout_s: float) -> None:
+        if self._process:
+            self._process.wait(timeout_s)
+
+    def _family(self) -> list[int]:
+        return list(_descendants(self._process.pid)) if self._process and self.running else []
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs under `pid`; a zombie does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return
+    for child in map(int, children):
+        yield child
+        yield from _descendants(child)
+
+
+def _signal_if_there(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+class Supervisor:
+    """Keeps children running: one that ends is started again, after 0.2 s at first and 5 s at most."""
+
+    def __init__(self, children: Sequence[Child]) -> None:
+        self.children = list(children)
+        self._started_at: dict[str, float] = {}
+        self._delays: dict[str, float] = {}
+        self._restart_at: dict[str, float] = {}
+
+    def start(self) -> None:
+        """Start all of them, in order."""
+        for child in self.children:
+            self._start(child)
+
+    def tend(self, duration_s: float) -> None:
+        """Start again whatever ends, for `duration_s`; to be called again and again, from the main thread."""
+        deadline = time.monotonic() + duration_s
+        while True:
+            for child in self.children:
+                if not child.running:
+                    self._restart(child, time.monotonic())
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_LOOK_EVERY_S)
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """End all of them in the order given, each before the next."""
+        for child in list(self.children):
+            self.stop_one(child, grace_s)
+
+    def stop_one(self, child: Child, grace_s: float = 10.0) -> None:
+        """End one child and let go of it."""
+        self.children.remove(child)
+        _log.info("%s %s", child.name, ended(child.stop(grace_s)))
+
+    def run(self, grace_s: float = 10.0) -> int:
+        """Start all, tend them until SIGTERM or SIGINT comes, stop all; returns the exit status, 0."""
+        stopping = False
+
+        def stop(*_: object) -> None:
+            nonlocal stopping
+            stopping = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        try:
+            self.start()
+            while not stopping:
+                self.tend(_LOOK_EVERY_S)
+        finally:
+            self.stop(grace_s)
+        return 0
+
+    def _start(self, child: Child) -> None:
+        child.start()
+        self._started_at[child.name] = time.monotonic()
+
+    def _restart(self, child: Child, now: float) -> None:
+        if child.name not in self._restart_at:
+            alive_s = now - self._started_at[child.name]
+            delay_s = self._delays[child.name] = next_delay(self._delays.get(child.name), alive_s)
+            self._restart_at[child.name] = now + delay_s
+            said = ended(child.status)
+            _log.warning("%s %s after %.1f s; it starts again in %.1f s", child.name, said, alive_s, delay_s)
+        elif now >= self._restart_at[child.name]:
+            del self._restart_at[child.name]
+            self._start(child)
+
+
+def next_delay(last_s: float | None, alive_s: float) -> float:
+    """Seconds to wait before a child that lived `alive_s` is started again; `last_s` was the wait before it."""
+    if last_s is None or alive_s >= STEADY_AFTER_S:
+        return FIRST_DELAY_S
+    return min(2 * last_s, LONGEST_DELAY_S)
+
+
+def ended(status: int | None) -> str:
+    """An exit status in words."""
+    if status is None:
+        return "was not running"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"exited with status {status}"
+
+
+def _wrapped(argv: list[str], orphan_signal: signal.Signals, owner: tuple[int, int] | None) -> list[str]:
+    uid, gid = owner or (-1, -1)
+    # -I -S: neither the current directory nor the environment gets a say in what the wrapper imports.
+    wrapper = [sys.executable, "-I", "-S", __file__]
+    return [*wrapper, *map(str, (os.getpid(), int(orphan_signal), uid, gid)), *argv]
+
+
+def _become(arguments: list[str]) -> None:
+    parent, orphan_signal, uid, gid = map(int, arguments[:4])
+    argv = arguments[4:]
+    if uid >= 0:
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+    # After setuid, which clears it; exec keeps it.
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, orphan_signal, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # A parent that died before that line will send no signal.
+    if os.getppid() == parent:
+        os.execvp(argv[0], argv)  # noqa: S606 (no shell is wanted)
+
+
+if __name__ == "__main__":
+    try:
+        _become(sys.argv[1:])
+    except OSError as error:
+        sys.exit(f"{sys.argv[5]}: {error}")

@@ -1,0 +1,88 @@
+"""Fixtures: real servers, started when a test first asks for one and stopped by process id at the end."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import redis as redis_client
+
+from server.embedded import PostgresServer, RedisServer, Service
+from tests.services import KafkaBroker, UnavailableError
+
+_numbers = itertools.count(1)
+
+
+def _running(service: Service) -> Iterator[Service]:
+    try:
+        service.start()
+        yield service
+    finally:
+        service.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One Redis for all tests; one that wants to kill it takes `fresh_redis`."""
+    yield from _running(RedisServer(tmp_path_factory.mktemp("redis") / "data"))
+
+
+@pytest.fixture
+def redis(redis_server: RedisServer) -> Iterator[redis_client.Redis]:
+    """A client of the shared Redis, which is empty at the start of each test."""
+    with redis_client.Redis(host=redis_server.host, port=redis_server.port) as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def fresh_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Makes a started RedisServer of the test's own: `fresh_redis(appendfsync="always")`."""
+    started: list[RedisServer] = []
+
+    def start(**options: str) -> RedisServer:
+        dashed = {name.replace("_", "-"): value for name, value in options.items()}
+        server = RedisServer(tmp_path / f"redis-{next(_numbers)}", options=dashed)
+        started.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One PostgreSQL for all tests."""
+    options = {"fsync": "off", "max_connections": "200"}
+    yield from _running(PostgresServer(tmp_path_factory.mktemp("postgres") / "data", options=options))
+
+
+@pytest.fixture
+def database_url(postgres_server: PostgresServer) -> Iterator[str]:
+    """A database of the test's own, empty."""
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(postgres_server.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield postgres_server.url_of(name)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One Apache Kafka for all tests."""
+    try:
+        broker = KafkaBroker(tmp_path_factory.mktemp("kafka"))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    yield from _running(broker)
+
+
+@pytest.fixture
+def kafka_topic(kafka_broker: KafkaBroker) -> str:
+    """The name of a topic that is not there yet."""
+    return f"score-updates-{next(_numbers)}"
