@@ -35,10 +35,10 @@ CONTROL_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Caller(NamedTuple):
-    """A verified token: until `expires_s` (Unix time), for `subject`, writing every player's score or its own."""
+    """A verified token. `is_writer`: its scope lets it write every player. `expires_s` is Unix time."""
 
     subject: str
-    writes_all: bool
+    is_writer: bool
     expires_s: float
 
 
@@ -82,7 +82,7 @@ class Authenticator:
 
     def may_write(self, caller: Caller, player: str) -> bool:
         """Whether `caller` may change the score of `player`."""
-        return caller.subject == player or caller.writes_all
+        return caller.subject == player or caller.is_writer or self._settings.write_policy == "any"
 
     def _verify(self, authorization: bytes) -> Caller:
         scheme, _, token = authorization.partition(b" ")
@@ -130,8 +130,7 @@ class Authenticator:
         if not math.isfinite(expires_s):
             raise ValueError("expected an exp in seconds")
         scopes = scope.split() if isinstance(scope, str) else scope
-        writes_all = self._settings.write_policy == "any" or WRITE_SCOPE in scopes
-        return Caller(subject, writes_all, expires_s)
+        return Caller(subject, WRITE_SCOPE in scopes, expires_s)
 
 
 def _reason(error: BaseException) -> str:

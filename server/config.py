@@ -97,9 +97,7 @@ def _origins(raw: str) -> tuple[str, ...]:
     return origins
 
 
-def _setting(
-    variable: str, parse: Callable[[str], Any], default: Any, why: str, *, secret: bool = False
-) -> Any:
+def _setting(variable: str, parse: Callable[[str], Any], default: Any, why: str, *, secret: bool = False) -> Any:
     metadata = {"variable": variable, "parse": parse, "why": why, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -118,9 +116,7 @@ class Settings:
         "REQUEST_DEADLINE_MS", _integer(50, 60_000), 2000, "longest a request waits for Redis before its 503"
     )
 
-    jwt_secret: bytes | None = _setting(
-        "JWT_SECRET", _secret, None, "key of HS tokens, at least 32 bytes", secret=True
-    )
+    jwt_secret: bytes | None = _setting("JWT_SECRET", _secret, None, "key of HS tokens, at least 32 bytes", secret=True)
     jwt_secret_file: str = _setting("JWT_SECRET_FILE", _text, "", "file that holds JWT_SECRET instead")
     jwt_secret_previous: bytes | None = _setting(
         "JWT_SECRET_PREVIOUS", _secret, None, "still accepted while tokens are rotated", secret=True
@@ -136,7 +132,10 @@ class Settings:
         "JWT_LEEWAY_S", _integer(0, 3600), 30, "clock difference forgiven in `nbf` and `iat`; none in `exp`"
     )
     write_policy: Literal["own", "any"] = _setting(
-        "WRITE_POLICY", _one_of("own", "any"), "own", "own: `sub` is the player, or scope scores:write; any: every token"
+        "WRITE_POLICY",
+        _one_of("own", "any"),
+        "own",
+        "own: `sub` is the player, or scope scores:write; any: every token",
     )
 
     rate_limit_per_second: float = _setting(
@@ -178,7 +177,11 @@ class Settings:
     )
 
     database_url: str = _setting(
-        "DATABASE_URL", _text, "postgresql://127.0.0.1:5432/scoreboard", "PostgreSQL 14 or newer, or TimescaleDB", secret=True
+        "DATABASE_URL",
+        _text,
+        "postgresql://127.0.0.1:5432/scoreboard",
+        "PostgreSQL 14 or newer, or TimescaleDB",
+        secret=True,
     )
 
     live_interval_ms: int = _setting(

@@ -48,6 +48,7 @@ _PROBLEM_TYPES: Final = {
     408: "request-timeout",
     413: "body-too-large",
     422: "idempotency-key-reused",
+    426: "upgrade-required",
     429: "rate-limited",
     500: "internal-error",
     503: "not-applied",

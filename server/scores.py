@@ -160,6 +160,11 @@ class Scores:
         self.batches = 0
         self.batched_updates = 0
 
+    @property
+    def outbox_full(self) -> bool:
+        """Whether more is owed to Kafka than may be: updates are refused rather than lost."""
+        return self.outbox_bytes > self._settings.outbox_max_bytes
+
     # ------------------------------------------------------------------ what the rest of the server calls
 
     def submit(self, board: str, player: str, delta: int, subject: str, limit: int, waiter: Waiter) -> None:
@@ -170,7 +175,7 @@ class Scores:
         if self.epoch is None and time.monotonic() - self._away_since_s > self._deadline_s:
             self._on_problem(waiter, not_applied(self.reason))
             return
-        if self.outbox_bytes > self._settings.outbox_max_bytes:
+        if self.outbox_full:
             full = f"the outbox holds {self.outbox_bytes} bytes, at most {self._settings.outbox_max_bytes} are allowed"
             self._on_problem(waiter, not_applied(f"{full}: is the relay or Kafka down?", 5))
             return
@@ -316,7 +321,9 @@ class Scores:
                     await self._connect()
                     await self._watch()
                 except (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError) as error:
-                    self._suspect(f"Redis at {self._settings.redis_host}:{self._settings.redis_port}: {_sentence(error)}")
+                    self._suspect(
+                        f"Redis at {self._settings.redis_host}:{self._settings.redis_port}: {_sentence(error)}"
+                    )
                 await asyncio.sleep(RETRY_S)
         finally:
             sweeper.cancel()

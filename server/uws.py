@@ -108,7 +108,8 @@ class Request:
     """
 
     __slots__ = (
-        "_limit", "_on_body", "_received", "_req", "_res", "_server", "body", "done", "head_lines", "received_s", "token"
+        "_limit", "_on_body", "_received", "_req", "_res", "_server",
+        "body", "context", "done", "head_lines", "received_s", "token",
     )  # fmt: skip
 
     def __init__(self, server: Server, res: Any, req: Any) -> None:
@@ -120,6 +121,8 @@ class Request:
         self._received = 0
         self.token = 0
         self.body = b""
+        self.context: Any = None
+        """Whatever the handler needs later."""
         self.done = False
         self.head_lines = server.head_lines
         """Header lines, each after a CRLF, that go with whatever is answered (CORS)."""
@@ -347,7 +350,13 @@ class Server:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def websocket(
-        self, path: str, events: SocketEvents, *, max_message_bytes: int, max_backpressure_bytes: int, idle_timeout_s: int
+        self,
+        path: str,
+        events: SocketEvents,
+        *,
+        max_message_bytes: int,
+        max_backpressure_bytes: int,
+        idle_timeout_s: int,
     ) -> None:
         """Serve WebSockets at `path`.
 
@@ -441,7 +450,7 @@ class Server:
         for connection in list(self.sockets.values()):
             connection.end(CloseCode.GOING_AWAY, b"restarting")
         deadline_s = time.monotonic() + grace_s
-        while self.pending and time.monotonic() < deadline_s:
+        while self.pending and time.monotonic() < deadline_s:  # noqa: ASYNC110 - answers are not worth an event each
             await asyncio.sleep(0.01)
         # A few more turns of the loop, so that close frames and last answers leave.
         await asyncio.sleep(0.05)

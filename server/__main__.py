@@ -1,0 +1,158 @@
+"""The command line, and the wiring of the server; nothing else.
+
+scoreboard serve       the server
+scoreboard sync        relay and persister; `sync relay` or `sync persister` for one of them
+scoreboard migrate     create the Kafka topics and the database schema
+scoreboard token       print a token, or many for a load test
+scoreboard dev         everything on this machine, with embedded services
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from server import config
+from server.errors import ConfigError, ScoreboardError
+
+DRAIN_GRACE_S: Final = 10.0
+WEBSOCKET_PATH: Final = "/live-updates"
+
+
+def serve(argv: list[str]) -> int:
+    """Run the server until SIGTERM; never returns."""
+    argparse.ArgumentParser(prog="scoreboard serve", description="Run the server.").parse_args(argv)
+    settings = config.load()
+    from server import uws  # must be the first to open libuv; only this command needs it
+
+    uws.run(_serve(settings))
+
+
+async def _serve(settings: config.Settings) -> int:
+    from server import uws
+    from server.auth import Authenticator
+    from server.database import Database
+    from server.keys import Keys
+    from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
+    from server.routes import Routes
+    from server.scores import Scores
+
+    keys = Keys(settings.redis_key_prefix)
+    database = Database(settings.database_url)
+    try:
+        routes = Routes(settings, Authenticator(settings), database)
+    except ConfigError as error:
+        _say(error)
+        return 2
+    scores = Scores(
+        settings,
+        keys,
+        database,
+        on_outcome=routes.on_outcome,
+        on_problem=routes.on_problem,
+        on_page=routes.on_page,
+    )
+    live = Live(settings, keys, scores)
+    server = uws.Server()
+    routes.register(server, scores, live)
+    server.websocket(
+        WEBSOCKET_PATH,
+        live,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        max_backpressure_bytes=settings.live_high_water_bytes + MAX_FLUSH_BYTES,
+        idle_timeout_s=IDLE_TIMEOUT_S,
+    )
+    try:
+        port = server.listen(settings.host, settings.port)
+    except ScoreboardError as error:
+        _say(error)
+        return 2
+    logging.getLogger(__name__).info("listening on %s:%d", settings.host, port)
+    await database.open()
+    live.start(server.publish)
+    connecting = asyncio.create_task(scores.run())
+    received = await uws.stop_signal()
+    logging.getLogger(__name__).info("stopping on %s", received.name)
+    await server.drain(DRAIN_GRACE_S)
+    live.stop()
+    connecting.cancel()
+    return 0
+
+
+def token(argv: list[str]) -> int:
+    """Print tokens signed with JWT_SECRET."""
+    from server.auth import issue
+
+    parser = argparse.ArgumentParser(prog="scoreboard token", description="Print tokens signed with JWT_SECRET.")
+    parser.add_argument("--sub", required=True, help="the player the token speaks for")
+    parser.add_argument("--scope", default="", help="scores:write lets it write every player")
+    parser.add_argument("--ttl", type=int, default=3600, metavar="SECONDS", help="how long it is valid (3600)")
+    parser.add_argument("--count", type=int, metavar="N", help="print N tokens, for SUB1, SUB2, … SUBN")
+    arguments = parser.parse_args(argv)
+    settings = config.load()
+    if settings.jwt_secret is None:
+        raise ConfigError("JWT_SECRET: expected a secret of at least 32 bytes, got none")
+    algorithm = next((name for name in settings.jwt_algorithms if name.startswith("HS")), "HS256")
+    subjects = [arguments.sub]
+    if arguments.count is not None:
+        subjects = [f"{arguments.sub}{number}" for number in range(1, arguments.count + 1)]
+    for subject in subjects:
+        signed = issue(settings.jwt_secret, subject, algorithm=algorithm, ttl_s=arguments.ttl, scope=arguments.scope)
+        sys.stdout.write(signed + "\n")
+    return 0
+
+
+def sync(argv: list[str]) -> int:
+    """Run the relay and the persister."""
+    from sync.__main__ import main as run
+
+    return run(argv)
+
+
+def migrate(argv: list[str]) -> int:
+    """Create topics and schema."""
+    from sync.__main__ import migrate as run
+
+    return run(argv)
+
+
+def dev(argv: list[str]) -> int:
+    """Run everything on this machine."""
+    from server.embedded import dev as run
+
+    return run(argv)
+
+
+COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
+    "serve": serve,
+    "sync": sync,
+    "migrate": migrate,
+    "token": token,
+    "dev": dev,
+}
+
+
+def _say(error: Exception) -> None:
+    sys.stderr.write(f"scoreboard: {error}\n")
+
+
+def main() -> int:
+    """Run one command; 2 when it was used wrongly or the environment is wrong."""
+    usage = (__doc__ or "").partition("\n\n")[2]
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        sys.stderr.write(f"usage:\n{usage}")
+        return 0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        return COMMANDS[sys.argv[1]](sys.argv[2:])
+    except ConfigError as error:
+        _say(error)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""The live board: Kafka's events in, WebSocket messages out.
+
+A thread reads Kafka and tells the loop which players changed; the hub decides what to read and what to send; this
+module carries it out, one shard per turn of the loop, so that a flush to thousands never holds up a POST.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from typing import Any, Final
+
+import confluent_kafka
+import msgspec
+
+from server.config import Settings
+from server.errors import CloseCode, Problem
+from server.hub import Hub, Publish, Read, Send, Watcher, error_message, status_message
+from server.keys import Keys
+from server.scores import Scores, entries_of
+from server.uws import Request, SendStatus, Socket
+
+LIMITS: Final = (10, 25, 50, 100)
+MAX_NAMED: Final = 100
+MAX_ERRORS: Final = 20
+"""Client messages that make no sense before the connection is closed."""
+
+MAX_FLUSH_BYTES: Final = 1 << 20
+"""The most one flush may add to a connection that is just below the high-water mark."""
+
+MAX_MESSAGE_BYTES: Final = 32_768
+IDLE_TIMEOUT_S: Final = 120
+TICK_S: Final = 1.0
+READ_RETRY_MS: Final = 250
+STALE_OUTBOX_MS: Final = 2000
+"""Age of the outbox's oldest entry at which events count as not arriving."""
+
+POLL_S: Final = 0.5
+PARTITION_CHECK_S: Final = 10.0
+_BATCH: Final = 1000
+
+_log = logging.getLogger(__name__)
+
+
+class _Subscribe(msgspec.Struct, tag_field="type", tag="subscribe"):
+    players: list[str]
+
+
+class _Unsubscribe(msgspec.Struct, tag_field="type", tag="unsubscribe"):
+    players: list[str]
+
+
+_decode_message = msgspec.json.Decoder(_Subscribe | _Unsubscribe).decode
+
+
+class _Changed(msgspec.Struct, rename="camel", gc=False):
+    """What the live board needs of an event."""
+
+    board: str
+    player_id: str
+
+
+_decode_changed = msgspec.json.Decoder(_Changed).decode
+
+
+class EventFeed(threading.Thread):
+    """Reads the topic from its end, in a thread of its own, and hands over who changed.
+
+    Belongs to no consumer group: every server feeds its own sockets.
+    """
+
+    def __init__(self, settings: Settings, live: Live) -> None:
+        super().__init__(name="event-feed", daemon=True)
+        self.connected = False
+        self._settings = settings
+        self._live = live
+        self._loop = asyncio.get_running_loop()
+        self._stopped = threading.Event()
+        self._partitions = 0
+
+    def run(self) -> None:
+        """threading: until `stop`."""
+        consumer = confluent_kafka.Consumer(
+            {
+                "bootstrap.servers": self._settings.kafka_brokers,
+                "group.id": f"scoreboard-live-{secrets.token_hex(4)}",  # never joined: partitions are assigned here
+                "enable.auto.commit": False,
+                "auto.offset.reset": "latest",
+                "fetch.wait.max.ms": 10,
+                "queued.max.messages.kbytes": 2048,
+                "error_cb": self._on_error,
+                "logger": _log,
+            }
+        )
+        check_s = 0.0
+        while not self._stopped.is_set():
+            if time.monotonic() >= check_s:
+                check_s = time.monotonic() + (PARTITION_CHECK_S if self._look_for_partitions(consumer) else 1.0)
+            if self._partitions == 0:
+                self._stopped.wait(POLL_S)
+                continue
+            # consume() waits until it has as many as it was asked for: so first one, then whatever is there.
+            if first := consumer.consume(1, POLL_S):
+                self._hand_over(first + consumer.consume(_BATCH, 0))
+        consumer.close()
+
+    def stop(self) -> None:
+        """End the thread soon."""
+        self._stopped.set()
+
+    def _on_error(self, error: confluent_kafka.KafkaError) -> None:
+        if error.code() == confluent_kafka.KafkaError._ALL_BROKERS_DOWN:
+            self.connected = False
+        _log.warning("Kafka: %s", error)
+
+    def _look_for_partitions(self, consumer: Any) -> bool:
+        """Assign partitions not seen before: all from their end at first, later ones from their beginning."""
+        topic = self._settings.kafka_topic
+        try:
+            metadata = consumer.list_topics(topic, timeout=5).topics[topic]
+            if metadata.error is not None:
+                raise confluent_kafka.KafkaException(metadata.error)
+            first = self._partitions == 0
+            new = [
+                confluent_kafka.TopicPartition(topic, number, self._end(consumer, number) if first else 0)
+                for number in range(self._partitions, len(metadata.partitions))
+            ]
+        except confluent_kafka.KafkaException as error:
+            self.connected = False
+            _log.warning("live updates wait for the topic %s: %s", topic, error)
+            return False
+        if new:
+            consumer.incremental_assign(new)
+            self._partitions += len(new)
+            # What happened before the ends were known is in Redis, but in no event to come.
+            self._loop.call_soon_threadsafe(self._live.read_all_again)
+        self.connected = True
+        return True
+
+    def _end(self, consumer: Any, partition: int) -> int:
+        where = confluent_kafka.TopicPartition(self._settings.kafka_topic, partition)
+        offsets: tuple[int, int] = consumer.get_watermark_offsets(where, timeout=5)
+        return offsets[1]
+
+    def _hand_over(self, records: list[Any]) -> None:
+        if not self._live.watched:
+            return
+        changed = set()
+        for record in records:
+            if record.error() is not None:
+                _log.warning("Kafka: %s", record.error())
+                continue
+            try:
+                event = _decode_changed(record.value())
+            except (msgspec.DecodeError, TypeError):
+                continue  # the persister counts and keeps what cannot be read
+            changed.add((event.board, event.player_id))
+        if changed:
+            self._loop.call_soon_threadsafe(self._live.changed, changed)
+
+
+class Live:
+    """The WebSocket route, and the flushes that feed it."""
+
+    def __init__(self, settings: Settings, keys: Keys, scores: Scores) -> None:
+        self.is_live = True
+        self.watched = False
+        self.flushes = 0
+        self.resyncs = 0
+        self._settings = settings
+        self._keys = keys
+        self._scores = scores
+        self._hub = Hub(settings.live_interval_ms)
+        self._loop = asyncio.get_running_loop()
+        self._feed = EventFeed(settings, self)
+        self._publish_to_topic: Any = None
+        self._flushing = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def connections(self) -> int:
+        """How many are connected."""
+        return self._hub.watchers
+
+    @property
+    def lagging(self) -> int:
+        """How many of them lag."""
+        return len(self._hub.lagging)
+
+    def start(self, publish: Any) -> None:
+        """Begin to read events; `publish(topic, text)` sends to all subscribers of a topic."""
+        self._publish_to_topic = publish
+        self._feed.start()
+        self._loop.call_later(TICK_S, self._tick)
+
+    def stop(self) -> None:
+        """Read no more events."""
+        self._feed.stop()
+
+    # ------------------------------------------------------------------ sockets (server.uws.SocketEvents)
+
+    def accept(self, request: Request) -> Watcher:
+        """What the query asks for; 400 or 404 if it makes no sense."""
+        return parse_query(request.query, self._settings.boards)
+
+    def opened(self, connection: Socket) -> None:
+        """The next flush, which is due at once when nothing else happens, sends it its snapshot."""
+        watcher: Watcher = connection.state
+        watcher.connection = connection
+        self._hub.join(watcher)
+        self.watched = True
+        if not self.is_live:
+            connection.send(status_message(False))
+        self._schedule()
+
+    def received(self, connection: Socket, text: bytes) -> None:
+        """subscribe or unsubscribe; anything else is answered with an error."""
+        watcher: Watcher = connection.state
+        try:
+            message = _decode_message(text)
+            players = set(message.players)
+            if isinstance(message, _Unsubscribe):
+                self._hub.unsubscribe(watcher, players)
+                return
+            check_players(players | watcher.players)
+        except (msgspec.DecodeError, ValueError) as error:
+            self._complain(connection, str(error))
+            return
+        self._hub.subscribe(watcher, players)
+        self._schedule()
+
+    def drained(self, connection: Socket) -> None:
+        """A lagging connection gets its resync once everything has left."""
+        if connection.buffered_bytes == 0 and connection.state.lagging_since_ms is not None:
+            self.resyncs += 1
+            self._hub.drained(connection.state)
+            self._schedule()
+
+    def closed(self, connection: Socket) -> None:
+        """Nothing is owed to it any more."""
+        self._hub.leave(connection.state)
+        self.watched = self._hub.watchers > 0
+
+    def _complain(self, connection: Socket, detail: str) -> None:
+        watcher: Watcher = connection.state
+        watcher.errors += 1
+        if watcher.errors > MAX_ERRORS:
+            connection.end(CloseCode.POLICY_VIOLATION, b"too many messages that make no sense")
+        elif connection.buffered_bytes <= self._settings.live_high_water_bytes:
+            connection.send(error_message(detail))
+
+    # ------------------------------------------------------------------ changes
+
+    def changed(self, changes: set[tuple[str, str]]) -> None:
+        """Events for these (board, player) arrived."""
+        self._hub.mark(changes)
+        self._schedule()
+
+    def read_all_again(self) -> None:
+        """Changes may have been missed."""
+        self._hub.mark_lists()
+        self._schedule()
+
+    def _tick(self) -> None:
+        """Once a second: close who lags for too long, and never show a stale board as if it were live."""
+        for watcher in self._hub.overdue(_now_ms()):
+            watcher.connection.end(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
+            watcher.connection.drop()
+        oldest_ms = self._scores.outbox_oldest_ms
+        stale = oldest_ms is not None and time.time() * 1000 - oldest_ms > STALE_OUTBOX_MS
+        is_live = self._feed.connected and self._scores.epoch is not None and not stale
+        if is_live != self.is_live:
+            self.is_live = is_live
+            for shard in self._hub.shards:
+                self._publish_to_topic(shard.topic, status_message(is_live))
+            self.read_all_again()
+        elif not is_live:
+            self.read_all_again()
+        self._loop.call_later(TICK_S, self._tick)
+
+    # ------------------------------------------------------------------ flushing
+
+    def _schedule(self) -> None:
+        if self._flushing or self._timer is not None:
+            return
+        delay_ms = self._hub.flush_delay_ms(_now_ms())
+        if delay_ms is not None:
+            self._timer = self._loop.call_later(delay_ms / 1000, self._flush)
+
+    def _flush(self) -> None:
+        self._timer = None
+        self._flushing = True
+        started_ms = _now_ms()
+        reads = self._hub.begin_flush()
+        if not reads:
+            self._flushing = False
+            return
+        commands = [command for read in reads for command in self._commands(read)]
+        self._scores.read(commands, lambda replies: self._on_read(started_ms, reads, replies))
+
+    def _commands(self, read: Read) -> list[tuple[str | int, ...]]:
+        board = self._keys.board(read.board)
+        commands: list[tuple[str | int, ...]] = [("ZREVRANGE", board.leaderboard, 0, read.limit - 1, "WITHSCORES")]
+        if read.players:
+            commands.append(("MGET", *(board.score(player) for player in read.players)))
+        return commands
+
+    def _on_read(self, started_ms: float, reads: list[Read], replies: list[Any] | None) -> None:
+        if replies is None:
+            self._retry()
+        else:
+            self._publishing = self._loop.create_task(self._publish(started_ms, reads, iter(replies)))
+
+    def _retry(self) -> None:
+        self._hub.abandon_flush()
+        self._flushing = False
+        self._timer = self._loop.call_later(READ_RETRY_MS / 1000, self._flush)
+
+    async def _publish(self, started_ms: float, reads: list[Read], replies: Iterator[Any]) -> None:
+        try:
+            busy_ms = await self._publish_boards(reads, replies)
+        except Exception:
+            _log.exception("a flush failed: reading everything again")
+            self._retry()
+            return
+        self.flushes += 1
+        self._hub.end_flush(started_ms, busy_ms)
+        self._flushing = False
+        self._schedule()
+
+    async def _publish_boards(self, reads: list[Read], replies: Iterator[Any]) -> float:
+        """Send what the hub says, giving the loop away between shards; returns the ms that sending took."""
+        busy_s = 0.0
+        for read in reads:
+            top = entries_of(next(replies))
+            scores = dict(_present(read.players, next(replies))) if read.players else {}
+            turn_s = time.perf_counter()
+            for number, step in enumerate(self._hub.publish(read.board, top, scores)):
+                self._carry_out(step)
+                if isinstance(step, Publish) or number % 50 == 49:
+                    busy_s += time.perf_counter() - turn_s
+                    await asyncio.sleep(0)
+                    turn_s = time.perf_counter()
+            busy_s += time.perf_counter() - turn_s
+        return busy_s * 1000
+
+    def _carry_out(self, step: Publish | Send) -> None:
+        if isinstance(step, Publish):
+            self._drop_lagging(step)
+            for message in step.messages:
+                self._publish_to_topic(step.shard.topic, message)
+            return
+        watcher, connection = step.watcher, step.watcher.connection
+        if watcher.lagging_since_ms is not None:
+            return
+        for message in step.messages:
+            if connection.send(message) == SendStatus.DROPPED:
+                self._lag(watcher)
+                return
+        if step.joined and watcher.shard is not None:
+            connection.subscribe(watcher.shard.topic)
+
+    def _drop_lagging(self, step: Publish) -> None:
+        """Look before publishing: uWebSockets drops what is too much without a word."""
+        high_water_bytes = self._settings.live_high_water_bytes
+        slow = [each for each in step.shard.watchers if each.connection.buffered_bytes > high_water_bytes]
+        for watcher in slow:
+            self._lag(watcher)
+
+    def _lag(self, watcher: Watcher) -> None:
+        shard = self._hub.lag(watcher, int(_now_ms()))
+        if shard is not None:
+            watcher.connection.unsubscribe(shard.topic)
+
+
+def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
+    """The watcher that `?board=&limit=&scores=&players=` describes.
+
+    Raises Problem 400 or 404.
+    """
+    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    board = fields.get("board", boards[0] if "main" not in boards else "main")
+    if board not in boards:
+        raise Problem(404, f"board: expected one of {', '.join(boards)}, got {board[:80]!r}")
+    raw_limit = fields.get("limit", "10")
+    if not re.fullmatch(r"[0-9]{1,3}", raw_limit) or int(raw_limit) not in LIMITS:
+        raise Problem(400, f"limit: expected one of {', '.join(map(str, LIMITS))}, got {raw_limit[:80]!r}")
+    mode = fields.get("scores", "all")
+    if mode not in ("all", "none"):
+        raise Problem(400, f"scores: expected all or none, got {mode[:80]!r}")
+    players = {player for player in fields.get("players", "").split(",") if player}
+    try:
+        check_players(players)
+    except ValueError as error:
+        raise Problem(400, str(error)) from error
+    return Watcher(board, int(raw_limit), mode == "all", players)
+
+
+def check_players(players: set[str]) -> None:
+    """Raises ValueError when there are too many, or one is no player id."""
+    if len(players) > MAX_NAMED:
+        raise ValueError(f"players: expected at most {MAX_NAMED}, got {len(players)}")
+    if not all(1 <= len(player) <= 128 for player in players):
+        raise ValueError("players: expected ids of 1 to 128 characters")
+
+
+def _present(players: list[str], scores: list[bytes | None]) -> list[tuple[str, int]]:
+    return [(player, int(score)) for player, score in zip(players, scores, strict=True) if score is not None]
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1000

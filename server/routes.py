@@ -1,0 +1,377 @@
+"""One function per endpoint: what comes in is checked here, and what goes out is put into words here.
+
+An update takes this way: `update_score` → its body is complete → `_submit` → Scores → `on_outcome`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mimetypes
+import re
+import time
+import urllib.parse
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+import psycopg
+
+from server import metrics
+from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
+from server.config import Settings
+from server.database import TOP_LIMIT, Database
+from server.errors import Problem, not_applied
+from server.events import MAX_SCORE
+from server.keys import MAIN_BOARD
+from server.live import Live
+from server.scores import Outcome, Scores, page_json
+from server.uws import Handler, Request, Server
+
+MAX_BODY_BYTES: Final = 16 * 1024
+MAX_PLAYER: Final = 128
+PREFLIGHT_S: Final = 7200
+
+_WEB: Final = Path(__file__).with_name("web")
+_OK: Final = b"200 OK"
+_FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
+_EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
+
+
+class _Change(msgspec.Struct, rename="camel", gc=False):
+    """The body of POST /update-score."""
+
+    player_id: str
+    score_delta: int
+    board: str = ""
+
+
+class _Result(msgspec.Struct, rename="camel", gc=False):
+    player_id: str
+    new_score: int
+
+
+_decode_change = msgspec.json.Decoder(_Change).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Routes:
+    """The endpoints; `register` puts them into a server."""
+
+    def __init__(self, settings: Settings, authenticator: Authenticator, database: Database) -> None:
+        self._settings = settings
+        self._authenticator = authenticator
+        self._database = database
+        self._client = ClientAddress(settings.trusted_proxies)
+        self._failures = FailureLimit(settings.auth_failures_per_minute)
+        self._boards = frozenset(settings.boards)
+        self._default_board = MAIN_BOARD if MAIN_BOARD in settings.boards else settings.boards[0]
+        self._pages: dict[str, tuple[str, int]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._by_address = settings.rate_limit_by == "ip"
+        self._needs_forwarded = self._client.needs_header
+        self.counters = metrics.Counters()
+        self.scores: Scores
+        self.live: Live
+
+    def register(self, server: Server, scores: Scores, live: Live) -> None:
+        """Add every route."""
+        self._server, self.scores, self.live = server, scores, live
+        self._metrics = metrics.ServerMetrics(self.counters, self._gauges)
+        if self._settings.cors_origins == ("*",):
+            server.head_lines = (
+                f"\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {_EXPOSED}".encode()
+            )
+        self._route("/update-score", {"POST": self.update_score})
+        self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard})
+        for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz), ("/metrics", self.show_metrics)):
+            self._route(path, {"GET": handler, "HEAD": handler})
+        for path, file in self._files():
+            self._route(path, {"GET": file, "HEAD": file})
+        self._route("/live-updates", {}, upgrade=True)
+        server.route("/*", {"*": self._with_cors(self.unknown)})
+
+    # ------------------------------------------------------------------ endpoints
+
+    def update_score(self, request: Request) -> None:
+        """POST /update-score"""
+        forwarded_for = request.header(b"x-forwarded-for") if self._needs_forwarded else b""
+        request.context = (request.header(b"authorization"), forwarded_for)
+        request.read_body(MAX_BODY_BYTES, self._submit)
+
+    def _submit(self, request: Request) -> None:
+        try:
+            self._submit_checked(request)
+        except Problem as problem:
+            self.on_problem(request, problem)
+
+    def _submit_checked(self, request: Request) -> None:
+        authorization, forwarded_for = request.context
+        caller = self._caller(request, authorization, forwarded_for)
+        change = parse_change(request.body)
+        board = change.board or self._default_board
+        if board not in self._boards:
+            raise Problem(404, f"board: expected one of {', '.join(self._settings.boards)}, got {board[:80]!r}")
+        player = change.player_id
+        if not self._authenticator.may_write(caller, player):
+            raise _forbidden(caller, player)
+        subject = self._address(request, forwarded_for) if self._by_address else caller.subject
+        request.context = player
+        self.scores.submit(board, player, change.score_delta, subject, 2 if caller.is_writer else 1, request)
+
+    def on_outcome(self, request: Request, outcome: int, value: int) -> None:
+        """Scores: an update was decided."""
+        if outcome == Outcome.APPLIED:
+            self.counters.count("/update-score", 200)
+            request.answer(_OK, _encode(_Result(request.context, value)))
+        elif outcome == Outcome.LIMITED:
+            self.on_problem(request, self._limited(value))
+        elif outcome == Outcome.OUT_OF_RANGE:
+            detail = f"scoreDelta: expected a resulting |score| of at most {MAX_SCORE}; the score is {value}"
+            self.on_problem(request, Problem(400, detail))
+        else:
+            self.on_problem(request, not_applied("the board is damaged and being rebuilt"))
+
+    def on_problem(self, request: Request, problem: Problem) -> None:
+        """Scores: an update was refused."""
+        self.counters.count("/update-score", problem.status)
+        request.problem(problem)
+
+    def leaderboard(self, request: Request) -> None:
+        """GET /leaderboard"""
+        query = request.query
+        page = self._pages.get(query)
+        if page is None:
+            page = parse_page(query, self._settings.boards, self._default_board)
+            if len(self._pages) < TOP_LIMIT:
+                self._pages[query] = page
+        request.context = (*page, request.method == "HEAD")
+        self.scores.read_page(*page, request)
+
+    def on_page(self, request: Request, page: bytes | None) -> None:
+        """Scores: a page was read, or Redis cannot be read."""
+        if page is None:
+            self._spawn(self._leaderboard_from_database(request))
+            return
+        self.counters.count("/leaderboard", 200)
+        self._send(request, _OK, page, is_head=request.context[2])
+
+    async def _leaderboard_from_database(self, request: Request) -> None:
+        board, limit, is_head = request.context
+        try:
+            page = page_json(await self._database.top(board, limit))
+        except (psycopg.Error, OSError, TimeoutError):
+            self.counters.count("/leaderboard", 503)
+            detail = "neither Redis nor the database can be read now"
+            request.problem(Problem(503, detail, kind="unavailable", headers=(("Retry-After", "1"),)))
+            return
+        self.counters.count("/leaderboard", 200)
+        self._send(request, _FROM_DATABASE, page, is_head=is_head)
+
+    def healthz(self, request: Request) -> None:
+        """GET /healthz: the process is alive."""
+        self._send(request, _OK, b'{"alive":true}', is_head=request.method == "HEAD")
+
+    def readyz(self, request: Request) -> None:
+        """GET /readyz: what works; 503 while draining or when boards cannot even be read."""
+        self._spawn(self._readyz(request, request.method == "HEAD"))
+
+    async def _readyz(self, request: Request, is_head: bool) -> None:
+        scores, live = self.scores, self.live
+        write = {"ok": scores.epoch is not None and not scores.outbox_full}
+        if not write["ok"]:
+            write["detail"] = scores.reason or "the outbox is full: is the relay or Kafka down?"
+        read: dict[str, Any] = {"ok": True, "source": "redis"}
+        if scores.epoch is None:
+            read["source"] = "database"
+            try:
+                await self._database.top(self._default_board, 1)
+            except (psycopg.Error, OSError, TimeoutError) as error:
+                read = {"ok": False, "detail": f"neither Redis nor the database can be read: {type(error).__name__}"}
+        ready = read["ok"] and not self._server.draining
+        body = {"ready": ready, "draining": self._server.draining, "read": read, "write": write}
+        body["live"] = {"ok": live.is_live}
+        head = _OK if ready else b"503 Service Unavailable\r\nRetry-After: 1"
+        self._send(request, head, _encode(body), is_head=is_head)
+
+    def show_metrics(self, request: Request) -> None:
+        """GET /metrics"""
+        self._send(request, _OK, self._metrics.text(), metrics.CONTENT_TYPE, is_head=request.method == "HEAD")
+
+    def unknown(self, request: Request) -> None:
+        """Any other path."""
+        if request.method == "OPTIONS":
+            self._preflight(request)
+        else:
+            raise Problem(404, "no such path: see the README for what there is")
+
+    # ------------------------------------------------------------------ shared steps
+
+    def _route(self, path: str, handlers: dict[str, Handler], *, upgrade: bool = False) -> None:
+        allowed = ", ".join([*handlers, "OPTIONS"])
+
+        def other_method(request: Request) -> None:
+            if request.method == "OPTIONS":
+                self._preflight(request)
+            elif upgrade:
+                raise Problem(426, "expected a WebSocket upgrade", headers=(("Upgrade", "websocket"),))
+            else:
+                raise Problem(405, f"expected one of {allowed}", headers=(("Allow", allowed),))
+
+        cors = {method: self._with_cors(handler) for method, handler in {**handlers, "*": other_method}.items()}
+        self._server.route(path, cors)
+
+    def _with_cors(self, handler: Handler) -> Handler:
+        """Let browsers of the allowed origins see the answer; `*` is the same for all and set once."""
+        origins = frozenset(self._settings.cors_origins)
+        if "*" in origins:
+            return handler
+
+        def handle(request: Request) -> None:
+            origin = request.header(b"origin").decode("latin-1")
+            lines = "\r\nVary: Origin"
+            if origin in origins:
+                lines += f"\r\nAccess-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: {_EXPOSED}"
+            request.head_lines = lines.encode()
+            handler(request)
+
+        return handle
+
+    @staticmethod
+    def _preflight(request: Request) -> None:
+        request.answer(
+            b"204 No Content\r\nAccess-Control-Allow-Methods: GET, HEAD, POST, OPTIONS"
+            b"\r\nAccess-Control-Allow-Headers: Authorization, Content-Type, Idempotency-Key, X-Request-Id"
+            b"\r\nAccess-Control-Max-Age: %d" % PREFLIGHT_S,
+            None,
+            b"",
+        )
+
+    @staticmethod
+    def _send(
+        request: Request, head: bytes, body: bytes, content_type: bytes = b"application/json", *, is_head: bool
+    ) -> None:
+        if is_head:
+            request.answer_head(head, body, content_type)
+        else:
+            request.answer(head, body, content_type)
+
+    def _caller(self, request: Request, authorization: bytes, forwarded_for: bytes) -> Caller:
+        try:
+            return self._authenticator.caller(authorization)
+        except Problem as problem:
+            if not authorization:
+                raise
+            wait_s = self._failures.failed(self._address(request, forwarded_for), time.monotonic())
+            if not wait_s:
+                raise
+            detail = f"too many bad tokens from this address; the last one: {problem.detail}"
+            headers = (("Retry-After", str(int(wait_s) + 1)),)
+            raise Problem(429, detail, headers=headers, close=True) from problem
+
+    def _address(self, request: Request, forwarded_for: bytes) -> str:
+        return self._client.of(request.peer, forwarded_for.decode("latin-1"))
+
+    def _limited(self, wait_us: int) -> Problem:
+        """429 with the fields of draft-ietf-httpapi-ratelimit-headers."""
+        settings = self._settings
+        burst, wait_s = settings.rate_limit_burst, -(-wait_us // 1_000_000)
+        window_s = max(1, round(burst / (settings.rate_limit_per_second or 1)))
+        return Problem(
+            429,
+            f"expected at most {settings.rate_limit_per_second:g} updates a second, {burst} at once",
+            headers=(
+                ("Retry-After", str(wait_s)),
+                ("RateLimit-Policy", f'"updates";q={burst};w={window_s}'),
+                ("RateLimit", f'"updates";r=0;t={wait_s}'),
+            ),
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _files(self) -> list[tuple[str, Handler]]:
+        """The live page: every file of web/, and index.html at /."""
+        routes = []
+        for file in sorted(_WEB.iterdir()):
+            kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            routes.append((path, self._file(file.read_bytes(), f"{kind}; charset=utf-8".encode())))
+        return routes
+
+    def _file(self, content: bytes, content_type: bytes) -> Handler:
+        head = (
+            b"200 OK\r\nCache-Control: no-cache\r\nX-Content-Type-Options: nosniff"
+            b"\r\nContent-Security-Policy: default-src 'self'; connect-src 'self' ws: wss:"
+        )
+
+        def send(request: Request) -> None:
+            self._send(request, head, content, content_type, is_head=request.method == "HEAD")
+
+        return send
+
+    def _gauges(self) -> dict[str, tuple[str, float]]:
+        scores, live = self.scores, self.live
+        return {
+            "scoreboard_batches_total": ("Batches sent to Redis.", scores.batches),
+            "scoreboard_batched_updates_total": ("Updates in those batches.", scores.batched_updates),
+            "scoreboard_outbox_bytes": ("Size of the outbox.", scores.outbox_bytes),
+            "scoreboard_write_ready": ("Whether updates are accepted.", scores.epoch is not None),
+            "scoreboard_live_connections": ("WebSocket connections.", live.connections),
+            "scoreboard_live_lagging": ("Connections that do not keep up.", live.lagging),
+            "scoreboard_live_flushes_total": ("Flushes to watchers.", live.flushes),
+            "scoreboard_live_resyncs_total": ("Snapshots sent after lagging.", live.resyncs),
+        }
+
+
+def parse_change(body: bytes) -> _Change:
+    """The change in a request's body.
+
+    Raises Problem 400, naming the field, what was expected and what came.
+    """
+    try:
+        change = _decode_change(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, _decode_failure(error)) from error
+    player, delta = change.player_id, change.score_delta
+    if not 1 <= len(player) <= MAX_PLAYER:
+        raise Problem(400, f"playerId: expected 1 to {MAX_PLAYER} characters, got {len(player)}")
+    if CONTROL_CHARACTERS.search(player):
+        raise Problem(400, f"playerId: expected no control characters, got {player!r}")
+    if not -MAX_SCORE <= delta <= MAX_SCORE:
+        raise Problem(400, f"scoreDelta: expected an integer from -{MAX_SCORE} to {MAX_SCORE}, got {str(delta)[:40]}")
+    return change
+
+
+def _decode_failure(error: Exception) -> str:
+    """msgspec says `Expected …, got … - at `$.field``: the field comes first here."""
+    said, _, path = str(error).partition(" - at `$")
+    if isinstance(error, msgspec.ValidationError):
+        field = path.strip("`.") or "body"
+        return f"{field}: {said[:1].lower()}{said[1:]}"
+    return f"body: expected JSON, got something else: {said}"
+
+
+def parse_page(query: str, boards: tuple[str, ...], default_board: str) -> tuple[str, int]:
+    """(board, limit) of `?limit=10&board=main`.
+
+    Raises Problem 400 or 404.
+    """
+    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    limit, board = fields.get("limit", "10"), fields.get("board", default_board)
+    if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= TOP_LIMIT:
+        raise Problem(400, f"limit: expected an integer from 1 to {TOP_LIMIT}, got {limit[:80]!r}")
+    if board not in boards:
+        raise Problem(404, f"board: expected one of {', '.join(boards)}, got {board[:80]!r}")
+    return board, int(limit)
+
+
+def _forbidden(caller: Caller, player: str) -> Problem:
+    challenge = 'Bearer realm="scoreboard", error="insufficient_scope", scope="scores:write"'
+    return Problem(
+        403,
+        f"the token of {caller.subject!r} may not write {player!r}: expected its own playerId, or scope scores:write",
+        headers=(("WWW-Authenticate", challenge),),
+    )
