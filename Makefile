@@ -1,0 +1,26 @@
+# make run    a scoreboard with everything it needs: PORT=8081, DEV_ARGS=--no-demo, any setting by its name
+# make test   the tests: PYTEST_ARGS='-k redis'
+# make check  formatter, linter, types, tests
+# make bench  the benchmarks: BENCH_ARGS
+# Each sets up .venv first, where needed.
+
+.PHONY: run test check bench setup
+
+run: setup
+	@.venv/bin/python -m server dev $(DEV_ARGS)
+
+test: setup
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+check: setup
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/python -m pytest $(PYTEST_ARGS)
+
+bench:
+	@scripts/setup.sh embedded,test,bench
+	.venv/bin/python -m bench $(BENCH_ARGS)
+
+setup:
+	@scripts/setup.sh embedded,test

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# scripts/setup.sh EXTRAS: a .venv as pyproject.toml and constraints.txt want it. Does nothing when it is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extras=$1
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+give_up() { say "$*"; exit 1; }
+
+# Installs a Debian package, where that is possible without asking anybody who is not there.
+apt_install() {
+    command -v apt-get >/dev/null || return 1
+    local root=()
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null || return 1
+        root=(sudo)
+        [ -t 0 ] || root+=(-n)
+    fi
+    say "installing $1 with apt-get"
+    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >&2 && return
+    "${root[@]}" apt-get update -qq >&2 &&
+        "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >&2
+}
+
+find_python() {
+    local name
+    for name in "${PYTHON:-}" python3.13 python3.12 python3.11 python3 /usr/bin/python3; do
+        # Asked, not just looked up: a name on the PATH may be a shim of a version that is not there.
+        if [ -n "$name" ] && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    give_up "no Python 3.11 or newer on the PATH: install one, or name it: make PYTHON=/path/to/python3"
+}
+
+make_venv() {
+    local python version
+    python=$(find_python)
+    version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        apt_install "python$version-venv" || apt_install python3-venv ||
+            give_up "Python $version comes without venv here: install the package python$version-venv and try again"
+    fi
+    say "making .venv with Python $version"
+    "$python" -m venv --clear .venv
+}
+
+need_libuv() {
+    .venv/bin/python -c 'import ctypes; ctypes.CDLL("libuv.so.1")' 2>/dev/null && return
+    apt_install libuv1 ||
+        give_up "libuv.so.1 is missing: install libuv (Debian and Ubuntu: apt install libuv1; Fedora: dnf install libuv)"
+}
+
+mkdir -p .cache
+exec 9>.cache/setup.lock
+if command -v flock >/dev/null; then flock 9; fi # two makes in one tree set up once
+
+.venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
+stamp=.venv/installed-$extras
+wanted=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    say "installing the dependencies ($extras)"
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+    echo "$wanted" >"$stamp"
+fi
+need_libuv
