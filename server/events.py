@@ -6,7 +6,6 @@ A batch of accepted updates is one outbox entry; each update in it is one event.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -21,6 +20,9 @@ MAX_BATCH: Final = 512
 
 INDEX_SPAN: Final = 65536
 """Versions are (ms, seq * INDEX_SPAN + index); MAX_BATCH stays far below."""
+
+PERSISTER_GROUP: Final = "scoreboard-persister"
+"""The persister's consumer group, in Kafka and in the table consumer_offsets."""
 
 OUTBOX_FIELD: Final = b"batch"
 """The one field of an outbox entry: MessagePack `[board, player, delta, score, player, …]`."""
@@ -79,10 +81,31 @@ def decode_event(value: bytes | None) -> ScoreEvent:
     return event
 
 
-def events_of_entry(entry_id: str, payload: bytes) -> Iterator[ScoreEvent]:
-    """The events in one outbox entry, in the order they were applied."""
-    board, *fields = _decode_entry(payload)
-    at = int(entry_id.split("-")[0])
-    changes = iter(fields)
-    for index, (player, delta, score) in enumerate(zip(changes, changes, changes, strict=True)):
-        yield ScoreEvent(f"{entry_id}-{index}", board, player, delta, score, at)
+def check_format(headers: list[tuple[str, bytes | None]] | None) -> None:
+    """Pass a record whose header `v` is our format's; a record without one is of version 1.
+
+    Raises BadEvent for any other version.
+    """
+    for name, value in headers or ():
+        if name == "v" and value != FORMAT_VERSION:
+            raise BadEvent(f"format version: expected {FORMAT_VERSION!r}, got {value!r}")
+
+
+def events_of_entry(entry_id: str, payload: bytes) -> list[ScoreEvent]:
+    """The events in one outbox entry, in the order they were applied.
+
+    Raises BadEvent when it is not what `apply_updates.lua` writes.
+    """
+    try:
+        board, *fields = _decode_entry(payload)
+        at = int(entry_id.split("-")[0])
+        changes = iter(fields)
+        events = [
+            ScoreEvent(f"{entry_id}-{index}", board, player, delta, score, at)
+            for index, (player, delta, score) in enumerate(zip(changes, changes, changes, strict=True))
+        ]
+    except (msgspec.DecodeError, ValueError) as error:
+        raise BadEvent(str(error)) from error
+    if not isinstance(board, str) or not set(map(type, fields[::3])) <= {str}:
+        raise BadEvent("expected text for the board and the players")
+    return events
