@@ -57,8 +57,7 @@ class Service(Child):
 
         Raises ServiceError with the end of its log.
         """
-        self.prepare()
-        super().start()
+        self.launch()
         deadline = time.monotonic() + self.ready_within_s
         while not self.answers():
             if not self.running:
@@ -68,6 +67,11 @@ class Service(Child):
                 waited = f"did not answer within {self.ready_within_s:.0f} s"
                 raise ServiceError(f"{self.name} {waited}:\n{self.output_tail()}")
             time.sleep(0.02)
+
+    def launch(self) -> None:
+        """Start it, without waiting for answers."""
+        self.prepare()
+        super().launch()
 
     def restart(self) -> None:
         """Stop it and start it on the same data and port."""
@@ -286,3 +290,10 @@ class MockKafka:
     def stop(self) -> None:
         """Forget everything that was in it."""
         self._cluster, self.brokers = None, ""
+
+
+def dev(argv: list[str]) -> int:
+    """`scoreboard dev`, which is in server/dev.py."""
+    from server.dev import dev as run
+
+    return run(argv)

@@ -33,7 +33,8 @@ class Child:
     """One process: its name, its command line, and whatever runs of it at the moment.
 
     `log` gets its output (appended), else it shares ours. It has a session of its own, so a Ctrl-C in the terminal
-    reaches only us; if we die, however we die, the kernel sends it `orphan_signal`. `owner` is (uid, gid) to run as.
+    reaches only us; if we die, however we die, the kernel sends it `orphan_signal`. `owner` is (uid, gid) to run as,
+    `inherits` are our file descriptors that it keeps open.
 
     Start it from the main thread: the kernel's signal comes when the *thread* that started the child ends.
     """
@@ -57,6 +58,7 @@ class Child:
         self.owner = owner
         self.orphan_signal = orphan_signal
         self.stop_signal = signal.SIGTERM
+        self.inherits: tuple[int, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
 
@@ -76,7 +78,7 @@ class Child:
         """Exit status, negative for a signal; None while it runs or before its first start."""
         return self._process.poll() if self._process else None
 
-    def start(self) -> None:
+    def launch(self) -> None:
         """Start the process; returns before it is ready for anything."""
         assert not self.running, f"{self.name} runs already"
         with contextlib.ExitStack() as stack:
@@ -92,6 +94,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                pass_fds=self.inherits,
             )
 
     def stop(self, grace_s: float = 10.0) -> int | None:
@@ -183,9 +186,9 @@ class Supervisor:
         self._restart_at: dict[str, float] = {}
 
     def start(self) -> None:
-        """Start all of them, in order."""
+        """Start all that do not run yet, in order."""
         for child in self.children:
-            self._start(child)
+            self._launch(child)
 
     def tend(self, duration_s: float) -> None:
         """Start again whatever ends, for `duration_s`; to be called again and again, from the main thread."""
@@ -226,8 +229,9 @@ class Supervisor:
             self.stop(grace_s)
         return 0
 
-    def _start(self, child: Child) -> None:
-        child.start()
+    def _launch(self, child: Child) -> None:
+        if not child.running:
+            child.launch()
         self._started_at[child.name] = time.monotonic()
 
     def _restart(self, child: Child, now: float) -> None:
@@ -239,7 +243,7 @@ class Supervisor:
             _log.warning("%s %s after %.1f s; it starts again in %.1f s", child.name, said, alive_s, delay_s)
         elif now >= self._restart_at[child.name]:
             del self._restart_at[child.name]
-            self._start(child)
+            self._launch(child)
 
 
 def next_delay(last_s: float | None, alive_s: float) -> float:

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final, NoReturn, Protocol
 
+import _cffi_backend
 import uvloop.loop
 
 from server.errors import CloseCode, Problem, UwsError
@@ -84,15 +85,30 @@ class SendStatus(enum.IntEnum):
     CLOSED = 3
 
 
+# Straight to the backend: ffi.cast and ffi.unpack look their types up in Python at each call.
+_cast: Final = _cffi_backend.cast
+_buffer: Final = ffi.buffer
+_VOID_POINTER: Final = ffi.typeof("void *")
+_UINTPTR: Final = ffi.typeof("uintptr_t")
+_view_pointer: Final = ffi.new("const char **")  # one is enough: it is read before the next call
+
+
+def _user_data(token: int) -> Any:
+    return _cast(_VOID_POINTER, token)
+
+
 def _token(user_data: Any) -> int:
-    return int(ffi.cast("uintptr_t", user_data))
+    return int(_cast(_UINTPTR, user_data))
 
 
 def _view(getter: Callable[..., int], *arguments: Any) -> bytes:
     """What a getter of the kind `size_t f(…, const char **)` points at, copied."""
-    pointer = ffi.new("const char **")
-    length = getter(*arguments, pointer)
-    return bytes(ffi.unpack(pointer[0], length)) if length else b""
+    length = getter(*arguments, _view_pointer)
+    return _copy(_view_pointer[0], length)
+
+
+def _copy(pointer: Any, length: int) -> bytes:
+    return bytes(_buffer(pointer, length)) if length else b""
 
 
 def _report(exception: type[BaseException], value: BaseException, traceback: Any) -> None:
@@ -156,7 +172,7 @@ class Request:
         self._limit = limit
         self._on_body = on_body
         self._server.hold(self)
-        lib.uws_res_on_data(SSL, self._res, _on_data, ffi.cast("void *", self.token))
+        lib.uws_res_on_data(SSL, self._res, _on_data, _user_data(self.token))
 
     @property
     def awaits_body(self) -> bool:
@@ -336,7 +352,7 @@ class Server:
         """Keep a request that is not answered within its handler; it is let go when answered or aborted."""
         request.token = next(_tokens)
         self.pending[request.token] = request
-        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, ffi.cast("void *", request.token))
+        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, _user_data(request.token))
 
     def _sweep(self) -> None:
         now_s = time.monotonic()
@@ -377,7 +393,7 @@ class Server:
 
         def received(ws: Any, text: Any, length: int, _opcode: int, _user_data: Any) -> None:
             connection = self.sockets[_token(lib.uws_ws_get_user_data(SSL, ws))]
-            events.received(connection, bytes(ffi.unpack(text, length)) if length else b"")
+            events.received(connection, _copy(text, length))
 
         def drained(ws: Any, _user_data: Any) -> None:
             connection = self.sockets.get(_token(lib.uws_ws_get_user_data(SSL, ws)))
@@ -409,7 +425,7 @@ class Server:
         key = request.header(b"sec-websocket-key")
         protocol = request.header(b"sec-websocket-protocol")
         request.done = True
-        user_data = ffi.cast("void *", token)
+        user_data = _user_data(token)
         # No extensions are offered: compressing each frame for each socket would cost more than it saves.
         lib.uws_res_upgrade(SSL, request._res, user_data, key, len(key), protocol, len(protocol), b"", 0, context)
 
@@ -434,7 +450,7 @@ class Server:
         lib.uws_app_listen_with_config(SSL, self._app, config[0], listening, ffi.NULL)
         if self._listening is None:
             raise UwsError(f"cannot listen on {host}:{port}: taken by another process, or no address of this machine")
-        descriptor = _poll(int(ffi.cast("uintptr_t", self._listening)))
+        descriptor = _poll(_token(self._listening))
         with socket.socket(fileno=os.dup(descriptor)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.listen(BACKLOG)
@@ -471,7 +487,7 @@ def _on_aborted(_res: Any, user_data: Any) -> None:
 def _on_data(_res: Any, chunk: Any, length: int, last: bool, user_data: Any) -> None:
     request = _running[-1].pending.get(_token(user_data))
     if request is not None:  # a late chunk of a request that has its answer finds nothing
-        request._receive(bytes(ffi.unpack(chunk, length)) if length else b"", last)
+        request._receive(_copy(chunk, length), last)
 
 
 def _adopt(loop: asyncio.AbstractEventLoop) -> None:
