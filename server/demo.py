@@ -78,9 +78,13 @@ class DemoPlayers:
         """Let them play."""
         self._thread.start()
 
+    def leave(self) -> None:
+        """Let them end by themselves, soon."""
+        self._stopping.set()
+
     def stop(self) -> None:
         """Send them home; returns when the last request has been answered."""
-        self._stopping.set()
+        self.leave()
         if self._thread.ident is not None:
             self._thread.join(timeout=5)
 
@@ -96,7 +100,7 @@ class DemoPlayers:
                 connection.close()
 
     def _play_over(self, connection: http.client.HTTPConnection) -> None:
-        while not self._stopping.wait(random.expovariate(UPDATES_PER_SECOND)):  # noqa: S311
+        while not self._stopping.wait(random.expovariate(UPDATES_PER_SECOND)):
             player, delta = self._tournament.next()
             body = json.dumps({"playerId": player, "scoreDelta": delta})
             headers = {"Authorization": f"Bearer {self._tokens[player]}", "Content-Type": "application/json"}

@@ -281,7 +281,7 @@ class MockKafka:
 
     def start(self) -> None:
         """Start it, empty; `brokers` is its address from here on, another one each time."""
-        self._cluster = Producer({"test.mock.num.brokers": 1})
+        self._cluster = Producer({"test.mock.num.brokers": 1, "log_level": 4})  # 5 says that it is a mock
         for topic in self.topics:
             self._cluster.list_topics(topic, timeout=10)
         brokers = self._cluster.list_topics(timeout=10).brokers.values()
