@@ -6,6 +6,7 @@ A batch of accepted updates is one outbox entry; each update in it is one event.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -81,7 +82,7 @@ def decode_event(value: bytes | None) -> ScoreEvent:
     return event
 
 
-def check_format(headers: list[tuple[str, bytes | None]] | None) -> None:
+def check_format(headers: Iterable[tuple[str, object]] | None) -> None:
     """Pass a record whose header `v` is our format's; a record without one is of version 1.
 
     Raises BadEvent for any other version.

@@ -1,0 +1,103 @@
+"""The sidecar's command line: the relay, the persister, or both as two processes.
+
+Wiring only: settings, logging, signals, and waiting for the services a part needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import psycopg
+from confluent_kafka import KafkaException
+
+from server.config import Settings, load
+from server.errors import ScoreboardError
+from server.supervisor import Child, Supervisor
+from sync import store, topics
+from sync.persister import Persister
+from sync.relay import Relay
+from sync.waiting import Outage, Stop
+
+USAGE: Final = "usage: sync [relay | persister]"
+_log = logging.getLogger("sync")
+
+
+def main(argv: list[str]) -> int:
+    """Run the part that is named, or both; returns the exit status."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if argv not in ([], *([name] for name in _PARTS)):
+        print(f"{USAGE}, got: {' '.join(argv)}", file=sys.stderr)
+        return 2
+    try:
+        settings = load()
+        if not argv:
+            return _run_both()
+        _run_one(_PARTS[argv[0]], settings)
+    except (ScoreboardError, psycopg.Error, KafkaException) as error:
+        _log.error("%s", error)
+        return 1
+    return 0
+
+
+def migrate(argv: list[str]) -> int:
+    """Create the schema and the topics, now or not at all; returns the exit status."""
+    if argv:
+        print(f"usage: migrate, got: {' '.join(argv)}", file=sys.stderr)
+        return 2
+    try:
+        settings = load()
+        store.migrate(settings.database_url)
+        topics.ensure_topics(settings)
+    except (ScoreboardError, psycopg.Error, KafkaException) as error:
+        print(f"migrate: {str(error).strip()}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run_both() -> int:
+    children = [Child(name, [sys.executable, "-m", "sync", name]) for name in _PARTS]
+    return Supervisor(children).run()
+
+
+def _run_one(part: Callable[[Settings, Stop], None], settings: Settings) -> None:
+    stop = Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.request)
+    part(settings, stop)
+
+
+def _relay(settings: Settings, stop: Stop) -> None:
+    if _when_there("Kafka", lambda: topics.ensure_topics(settings), stop):
+        Relay(settings, stop).run()
+
+
+def _persister(settings: Settings, stop: Stop) -> None:
+    ready = _when_there("Kafka", lambda: topics.ensure_topics(settings), stop) and _when_there(
+        "the database", lambda: store.migrate(settings.database_url), stop
+    )
+    if ready:
+        Persister(settings, stop).run()
+
+
+def _when_there(service: str, prepare: Callable[[], None], stop: Stop) -> bool:
+    """Prepare a service as soon as it answers; False if we were asked to stop before it did."""
+    outage = Outage(service, _log)
+    while not stop.requested:
+        try:
+            prepare()
+        except (KafkaException, psycopg.OperationalError) as error:
+            stop.wait(outage.failed(error))
+        else:
+            outage.over()
+            return True
+    return False
+
+
+_PARTS: Final = {"relay": _relay, "persister": _persister}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,75 @@
+"""Kafka clients the way both parts want them: durable writes, nothing held back, quiet logs.
+
+Knows no event. The topic names are the caller's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Final
+
+from confluent_kafka import Consumer, KafkaError, Producer
+from confluent_kafka.admin import AdminClient
+
+from server.config import Settings
+
+MAX_IN_FLIGHT: Final = 20_000
+"""Events a producer holds at most: about 0.3 s of a full load."""
+
+_log = logging.getLogger("sync.kafka")
+# What goes wrong comes through error_cb or an exception; the library's own lines would repeat it at every try.
+_QUIET: Final = {"log_level": 2, "logger": _log}
+
+
+def _clients(settings: Settings, on_error: Callable[[KafkaError], None] | None = None) -> dict[str, Any]:
+    def say(error: KafkaError) -> None:
+        # One broker of several may come and go without any harm.
+        if on_error and (error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN):
+            on_error(error)
+
+    return {
+        "bootstrap.servers": settings.kafka_brokers,
+        "reconnect.backoff.max.ms": 1000,
+        "socket.timeout.ms": 10_000,
+        "error_cb": say,
+        **_QUIET,
+    }
+
+
+def new_producer(settings: Settings, on_error: Callable[[KafkaError], None]) -> Producer:
+    """A producer that never gives up on a record, never reorders and never repeats one.
+
+    `on_error` is told, from within `poll`, when no broker can be reached or the producer is of no more use.
+    """
+    return Producer(
+        {
+            **_clients(settings, on_error),
+            "enable.idempotence": True,
+            "acks": "all",
+            "message.timeout.ms": 0,
+            "partitioner": "murmur2_random",
+            "linger.ms": 0.5,
+            "queue.buffering.max.messages": MAX_IN_FLIGHT,
+        }
+    )
+
+
+def new_consumer(settings: Settings, group: str, on_error: Callable[[KafkaError], None]) -> Consumer:
+    """A consumer that reads where it is told to, and holds a few MB unread; `on_error` as for a producer."""
+    return Consumer(
+        {
+            **_clients(settings, on_error),
+            "group.id": group,
+            "enable.auto.commit": False,
+            "auto.offset.reset": "error",
+            "fetch.wait.max.ms": 10,
+            "queued.max.messages.kbytes": 4096,
+            "topic.metadata.refresh.interval.ms": 10_000,
+        }
+    )
+
+
+def new_admin(settings: Settings) -> AdminClient:
+    """A client to create and describe topics with."""
+    return AdminClient(_clients(settings))

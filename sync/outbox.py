@@ -1,0 +1,96 @@
+"""The outbox: a Redis stream, read from its beginning and trimmed behind what has been dealt with.
+
+Two connections: one always has an XREAD pending, so that a new entry arrives without being asked for; the
+other serves the rest. Knows nothing of Kafka, nor of what an entry means beyond its one field.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, NamedTuple
+
+import redis
+
+from server.config import Settings
+from server.events import OUTBOX_FIELD
+
+ENTRIES_AT_FIRST: Final = 16
+MOST_ENTRIES: Final = 1000
+EVENTS_A_READ: Final = 1500
+"""What a read should bring: enough to make the round trip cheap, little enough to go on its way soon."""
+
+BYTES_A_EVENT: Final = 15
+_BLOCK_MS: Final = 1000
+_BEGINNING: Final = "0-0"
+
+
+class Entry(NamedTuple):
+    """A stream id, `ms-seq`, and the bytes of its batch; None if it has no such field."""
+
+    entry_id: str
+    payload: bytes | None
+
+
+def connect(settings: Settings) -> redis.Redis:
+    """A client that waits at most two seconds for anything: its owner holds a lease."""
+    return redis.Redis(
+        host=settings.redis_host,
+        port=settings.redis_port,
+        password=settings.redis_password or None,
+        socket_timeout=2,
+        socket_connect_timeout=2,
+        protocol=2,
+    )
+
+
+class Outbox:
+    """One outbox, from its beginning. Every method raises redis.RedisError, after which it is of no more use."""
+
+    def __init__(self, client: redis.Redis, key: str) -> None:
+        self._client = client
+        self._key = key
+        self._position = _BEGINNING
+        self._count = ENTRIES_AT_FIRST
+        self._reader = client.connection_pool.get_connection()
+        self._ask()
+
+    def arrived(self, timeout_s: float) -> list[Entry]:
+        """The next entries, in order; none if none came within `timeout_s`."""
+        if not self._reader.can_read(timeout=timeout_s):
+            return []
+        reply: Any = self._reader.read_response()
+        if isinstance(reply, Exception):
+            raise reply
+        entries = [_entry(*raw) for raw in reply[0][1]] if reply else []
+        if entries:
+            self._position = entries[-1].entry_id
+            size_bytes = sum(len(entry.payload or b"") for entry in entries) / len(entries)
+            events = max(1.0, size_bytes / BYTES_A_EVENT)
+            self._count = max(1, min(MOST_ENTRIES, int(EVENTS_A_READ / events)))
+        self._ask()
+        return entries
+
+    def trim_through(self, entry_id: str) -> None:
+        """Delete `entry_id` and everything before it."""
+        self._client.xtrim(self._key, minid=_after(entry_id), approximate=False)
+
+    def close(self) -> None:
+        """Give up the connections."""
+        self._reader.disconnect()  # type: ignore[no-untyped-call]
+        self._client.close()
+
+    def _ask(self) -> None:
+        # Sent before the entries at hand are worked on, so the reply is there when they are done.
+        self._reader.send_command(  # type: ignore[no-untyped-call]
+            "XREAD", "COUNT", self._count, "BLOCK", _BLOCK_MS, "STREAMS", self._key, self._position
+        )
+
+
+def _entry(entry_id: bytes, fields: list[bytes]) -> Entry:
+    if len(fields) == 2 and fields[0] == OUTBOX_FIELD:
+        return Entry(entry_id.decode(), fields[1])
+    return Entry(entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)).get(OUTBOX_FIELD))
+
+
+def _after(entry_id: str) -> str:
+    ms, seq = entry_id.split("-")
+    return f"{ms}-{int(seq) + 1}"

@@ -1,0 +1,225 @@
+"""The persister: moves Kafka into TimescaleDB.
+
+Polls, writes, then commits. Where to go on is kept by the database, in the transaction that stores the events;
+the group's own offsets are written afterwards and only for operators to look at. A batch in hand is kept
+through any outage and any rebalance: it is a prefix of what is not stored yet, and storing it twice counts
+once. Knows nothing of Redis.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import psycopg
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from server.config import Settings
+from server.events import PERSISTER_GROUP, BadEvent, check_format, decode_event
+from sync.dead_letters import DeadLetters
+from sync.kafka import new_consumer
+from sync.placement import check_topic, first_offset
+from sync.store import Batch, Store
+from sync.topics import Topic, look_up
+from sync.waiting import Outage, Stop
+
+BATCH_EVENTS: Final = 5000
+GATHER_S: Final = 0.2
+"""How long a batch may gather before it is written."""
+
+CONFIRM_WITHIN_S: Final = 5.0
+_log = logging.getLogger("sync.persister")
+_T = TypeVar("_T")
+
+
+class Stopped(Exception):
+    """We were asked to stop in the middle of an outage."""
+
+
+class Persister:
+    """Persists one topic until it is asked to stop; outages are waited through."""
+
+    def __init__(self, settings: Settings, stop: Stop) -> None:
+        self.persisted_events = 0
+        self._settings = settings
+        self._stop = stop
+        self._store = Store(settings.database_url)
+        self._dead_letters = DeadLetters(settings)
+        self._database_outage = Outage("the database", _log)
+        self._kafka_outage = Outage("Kafka", _log)
+        self._consumer = new_consumer(settings, PERSISTER_GROUP, self._on_error)
+        self._topic = Topic("", 0)
+        self._unplaced: list[TopicPartition] | None = None
+        self._early: list[Message] = []
+
+    @property
+    def dead_letters(self) -> int:
+        """Records put aside since the start."""
+        return self._dead_letters.kept
+
+    def run(self) -> None:
+        """Return when asked to stop.
+
+        Raises TopicChanged and LogGap when going on would lose events, and psycopg.Error or KafkaException
+        for what waiting does not mend.
+        """
+        self._consumer.subscribe(
+            [self._settings.kafka_topic], on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+        )
+        try:
+            while not self._stop.requested:
+                self._step()
+        except Stopped:
+            _log.info("stopped while a service was away; what is not stored stays in Kafka")
+        finally:
+            self._consumer.close()
+            self._store.close()
+        _log.info("stopped: %d events stored, %d dead letters", self.persisted_events, self.dead_letters)
+
+    # What follows is called from within `consume`, on this thread.
+
+    def _on_error(self, error: KafkaError) -> None:
+        self._kafka_outage.failed(error)
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        # Nothing may be read before the database has said where to begin, and it may be away.
+        consumer.assign([])
+        self._unplaced = partitions
+
+    def _on_revoke(self, consumer: Consumer, _: list[TopicPartition]) -> None:
+        consumer.unassign()
+        self._unplaced = None
+
+    def _step(self) -> None:
+        if self._unplaced is not None:
+            self._place(self._unplaced)
+        records = self._take_early() + self._consumer.consume(BATCH_EVENTS, GATHER_S)
+        if records:
+            self._settle(records)
+
+    def _place(self, partitions: list[TopicPartition]) -> None:
+        """Begin reading where the database says."""
+        self._unplaced = None
+        placed = self._through_outages(lambda: self._placed(partitions))
+        if self._unplaced is None:  # else another assignment came while we were waiting
+            self._consumer.assign(placed)
+            _log.info(
+                "reading %s", ", ".join(f"{it.topic}/{it.partition} from {it.offset}" for it in placed) or "nothing"
+            )
+
+    def _placed(self, partitions: list[TopicPartition]) -> list[TopicPartition]:
+        name = self._settings.kafka_topic
+        self._topic = look_up(self._settings)
+        if self._settings.new_topic == "restart":
+            self._store.forget_offsets(name, but_of=self._topic.topic_id)
+        stored = self._store.offsets(name)
+        check_topic(name, self._topic, stored)
+        placed = []
+        for partition in partitions:
+            low, high = self._consumer.get_watermark_offsets(partition, timeout=10)
+            offset = first_offset(name, partition.partition, stored.get(partition.partition), low, high)
+            placed.append(TopicPartition(name, partition.partition, offset))
+        return placed
+
+    def _settle(self, records: list[Any]) -> None:
+        """Store what can be stored, put aside what cannot, then move the offsets."""
+        batch, rows, refused = self._sort(records)
+        if not rows and not refused:
+            return
+        next_offsets = {record.partition(): record.offset() + 1 for record in records if record.error() is None}
+        self._put_aside(refused)
+        try:
+            self._persist(batch, next_offsets)
+        except (psycopg.DataError, psycopg.IntegrityError):
+            self._persist_what_can_be(batch, rows)
+            self._persist(Batch(), next_offsets)
+        self._commit(next_offsets)
+
+    def _sort(self, records: list[Any]) -> tuple[Batch, list[Message], list[tuple[Message, str]]]:
+        """The events, the records they came from, and the records that hold none, with the reason."""
+        batch, rows, refused = Batch(), [], []
+        for record in records:
+            if record.error() is not None:
+                self._heed(record.error())
+                continue
+            try:
+                check_format(record.headers())
+                batch.add(decode_event(record.value()))
+            except BadEvent as error:
+                refused.append((record, str(error)))
+            else:
+                rows.append(record)
+        return batch, rows, refused
+
+    def _heed(self, error: KafkaError) -> None:
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            # The log no longer holds what we were about to read: placing again says precisely why.
+            self._unplaced = self._consumer.assignment()
+        elif error.fatal():
+            raise KafkaException(error)
+        else:
+            self._kafka_outage.failed(error)
+
+    def _persist(self, batch: Batch, next_offsets: dict[int, int]) -> None:
+        persist = self._store.persist
+        name, topic_id = self._settings.kafka_topic, self._topic.topic_id
+        done = self._through_outages(lambda: persist(batch, name, topic_id, next_offsets))
+        self.persisted_events += done.new_events
+
+    def _persist_what_can_be(self, batch: Batch, rows: list[Message]) -> None:
+        """Halve a batch the database refuses until what it refuses stands alone, and put that aside."""
+        try:
+            self._persist(batch, {})
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            if len(batch) == 1:
+                self._put_aside([(rows[0], str(error))])
+                return
+            half = len(batch) // 2
+            self._persist_what_can_be(batch.part(slice(half)), rows[:half])
+            self._persist_what_can_be(batch.part(slice(half, None)), rows[half:])
+
+    def _put_aside(self, refused: list[tuple[Message, str]]) -> None:
+        self._through_outages(lambda: self._dead_letters.keep(refused, CONFIRM_WITHIN_S))
+
+    def _commit(self, next_offsets: dict[int, int]) -> None:
+        name = self._settings.kafka_topic
+        offsets = [TopicPartition(name, partition, offset) for partition, offset in next_offsets.items()]
+        try:
+            self._consumer.commit(offsets=offsets, asynchronous=True)
+        except KafkaException as error:
+            _log.debug("the group's offsets were not moved: %s", error)
+
+    def _through_outages(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns once it succeeds; until then the group is polled, so that it keeps us."""
+        paused = False
+        while True:
+            try:
+                result = work()
+            except psycopg.OperationalError as error:
+                delay_s = self._database_outage.failed(error)
+            except KafkaException as error:
+                delay_s = self._kafka_outage.failed(error)
+            else:
+                break
+            if not paused:
+                paused = True
+                self._consumer.pause(self._consumer.assignment())
+            self._poll_for(delay_s)
+        self._database_outage.over()
+        self._kafka_outage.over()
+        if paused:
+            self._consumer.resume(self._consumer.assignment())
+        return result
+
+    def _poll_for(self, duration_s: float) -> None:
+        deadline = time.monotonic() + duration_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            if self._stop.requested:
+                raise Stopped
+            self._early += self._consumer.consume(BATCH_EVENTS, min(left_s, GATHER_S))
+
+    def _take_early(self) -> list[Message]:
+        early, self._early = self._early, []
+        return early

@@ -1,0 +1,238 @@
+"""The relay: moves the outbox into Kafka.
+
+What is in the outbox is what is owed. It is read from its beginning, produced in order, and trimmed through
+exactly the prefix that Kafka has confirmed. Whatever is lost (Redis, Kafka for good, the lease), the answer is
+the same: begin again at the outbox's beginning. Events are then produced twice, which their versions make
+harmless; none is left out. Knows nothing of scores, nor of who reads the topic.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import Final
+
+import redis
+from confluent_kafka import KafkaError, KafkaException
+
+from server.config import Settings
+from server.events import FORMAT_VERSION, BadEvent, ScoreEvent, encode_event, events_of_entry
+from server.keys import Keys
+from sync.kafka import MAX_IN_FLIGHT, new_producer
+from sync.lease import RENEW_EVERY_S, Lease
+from sync.outbox import Entry, Outbox, connect
+from sync.waiting import Outage, Stop
+
+DRAIN_WITHIN_S: Final = 5.0
+"""How long a relay that was asked to stop waits for Kafka's last confirmations."""
+
+SILENT_AFTER_S: Final = 5.0
+"""How long Kafka may confirm nothing of what is owed before that is worth a line in the log."""
+
+TRIM_EVERY_S: Final = 0.02
+LOOK_EVERY_S: Final = 0.001
+"""How often Kafka's confirmations are collected while some are due."""
+
+IDLE_S: Final = 0.1
+LARGEST_DEAD_LETTER_BYTES: Final = 512 * 1024
+"""Half of what a broker takes by default: even a monstrous entry must not block the outbox."""
+
+_HEADERS: Final[list[tuple[str, str | bytes | None]]] = [("v", FORMAT_VERSION)]
+_log = logging.getLogger("sync.relay")
+
+
+class Relay:
+    """Relays one outbox until it is asked to stop, while it has the lease; outages are waited through."""
+
+    def __init__(self, settings: Settings, stop: Stop) -> None:
+        self.relayed_events = 0
+        self.dead_letters = 0
+        self._settings = settings
+        self._stop = stop
+        self._redis_outage = Outage("Redis", _log)
+        self.kafka_outage = Outage("Kafka", _log)
+
+    def run(self) -> None:
+        """Return when asked to stop, with everything confirmed trimmed and the lease given back."""
+        while not self._stop.requested:
+            try:
+                self._take_turn()
+            except redis.RedisError as error:
+                self._stop.wait(self._redis_outage.failed(error))
+            except KafkaException as error:
+                self._stop.wait(self.kafka_outage.failed(error))
+        _log.info("stopped: %d events relayed, %d dead letters", self.relayed_events, self.dead_letters)
+
+    def _take_turn(self) -> None:
+        client = connect(self._settings)
+        keys = Keys(self._settings.redis_key_prefix)
+        lease = Lease(client, keys.relay_lease)
+        try:
+            if not self._wait_for(lease):
+                return
+            outbox = Outbox(client, keys.outbox)
+            turn = _Turn(self, self._settings, lease, outbox)
+            try:
+                turn.relay_until(self._stop)
+            finally:
+                turn.abandon()
+                outbox.close()
+            lease.release()
+        finally:
+            client.close()
+
+    def _wait_for(self, lease: Lease) -> bool:
+        waiting = False
+        while not self._stop.requested:
+            held = lease.hold()
+            self._redis_outage.over()
+            if held:
+                _log.info("relaying to %s", self._settings.kafka_topic)
+                return True
+            if not waiting:
+                waiting = True
+                _log.info("another relay has the lease; waiting for it")
+            self._stop.wait(IDLE_S)
+        return False
+
+
+class _Owed:
+    """An entry on its way: it leaves the outbox once Kafka has confirmed each of its records."""
+
+    __slots__ = ("entry_id", "error", "unconfirmed")
+
+    def __init__(self, entry_id: str, records: int) -> None:
+        self.entry_id = entry_id
+        self.unconfirmed = records
+        self.error: KafkaError | None = None
+
+    def answered(self, error: KafkaError | None, _: object) -> None:
+        """Kafka's answer to one record."""
+        if error is None:
+            self.unconfirmed -= 1
+        else:
+            self.error = error
+
+
+class _Turn:
+    """From the outbox's beginning to the loss of Redis, the producer or the lease, or to the end of it all."""
+
+    def __init__(self, relay: Relay, settings: Settings, lease: Lease, outbox: Outbox) -> None:
+        self._relay = relay
+        self._topic = settings.kafka_topic
+        self._dead_letter_topic = settings.dead_letter_topic
+        self._lease = lease
+        self._outbox = outbox
+        self._producer = new_producer(settings, self._on_error)
+        self._owed: deque[_Owed] = deque()
+        self._done_through: str | None = None
+        self._has_lease = True
+        now = time.monotonic()
+        self._renew_at = now + RENEW_EVERY_S
+        self._trim_at = now
+        self._progress_at = now
+
+    def relay_until(self, stop: Stop) -> None:
+        """Move entries as they come; returns when asked to stop or when the lease is lost.
+
+        Raises RedisError and KafkaException.
+        """
+        while self._has_lease and not stop.requested:
+            due = bool(self._owed) or self._done_through is not None
+            for entry in self._outbox.arrived(LOOK_EVERY_S if due else IDLE_S):
+                if not self._make_room(stop):
+                    break
+                self._produce(entry)
+            self._producer.poll(0)
+            self._tend()
+        self._drain()
+
+    def abandon(self) -> None:
+        """Forget what Kafka has not confirmed; the next turn finds it in the outbox."""
+        if self._owed:
+            self._producer.purge()
+            self._producer.poll(0)
+
+    def _make_room(self, stop: Stop) -> bool:
+        while len(self._producer) > MAX_IN_FLIGHT - 1000:
+            self._producer.poll(IDLE_S)
+            self._tend()
+            if stop.requested or not self._has_lease:
+                return False
+        return True
+
+    def _produce(self, entry: Entry) -> None:
+        if not self._owed:
+            self._progress_at = time.monotonic()
+        try:
+            if entry.payload is None:
+                raise BadEvent("expected the field `batch`")
+            events = events_of_entry(entry.entry_id, entry.payload)
+        except BadEvent as error:
+            self._set_aside(entry, error)
+            return
+        owed = _Owed(entry.entry_id, len(events))
+        self._owed.append(owed)
+        self._produce_events(events, owed)
+
+    def _produce_events(self, events: list[ScoreEvent], owed: _Owed) -> None:
+        produce, topic, answered = self._producer.produce, self._topic, owed.answered
+        for event in events:
+            # Positional: topic, value, key, partition, callback, on_delivery, timestamp, headers.
+            produce(topic, encode_event(event), event.player_id, -1, answered, None, event.at, _HEADERS)
+        self._relay.relayed_events += len(events)
+
+    def _set_aside(self, entry: Entry, reason: BadEvent) -> None:
+        owed = _Owed(entry.entry_id, 1)
+        self._owed.append(owed)
+        self._producer.produce(
+            self._dead_letter_topic,
+            (entry.payload or b"")[:LARGEST_DEAD_LETTER_BYTES],
+            on_delivery=owed.answered,
+            headers=[("reason", str(reason)), ("outbox", entry.entry_id)],
+        )
+        self._relay.dead_letters += 1
+        _log.error("outbox entry %s goes to %s: %s", entry.entry_id, self._dead_letter_topic, reason)
+
+    def _tend(self) -> None:
+        now = time.monotonic()
+        self._collect(now)
+        if self._done_through is not None and now >= self._trim_at:
+            self._trim()
+            self._trim_at = now + TRIM_EVERY_S
+        if now >= self._renew_at:
+            self._has_lease = self._lease.hold()
+            self._renew_at = now + RENEW_EVERY_S
+            if not self._has_lease:
+                _log.warning("another relay took the lease while this one was slow")
+        if self._owed and now > self._progress_at + SILENT_AFTER_S:
+            self._relay.kafka_outage.failed(f"nothing confirmed for {SILENT_AFTER_S:.0f} s")
+
+    def _collect(self, now: float) -> None:
+        owed = self._owed
+        while owed and not owed[0].unconfirmed:
+            self._done_through = owed.popleft().entry_id
+            self._progress_at = now
+            self._relay.kafka_outage.over()
+        if owed and owed[0].error is not None:
+            raise KafkaException(owed[0].error)
+
+    def _trim(self) -> None:
+        assert self._done_through is not None, "called when there is something to trim"
+        self._outbox.trim_through(self._done_through)
+        self._done_through = None
+
+    def _drain(self) -> None:
+        deadline = time.monotonic() + DRAIN_WITHIN_S
+        while self._owed and self._has_lease and time.monotonic() < deadline:
+            self._producer.poll(LOOK_EVERY_S)
+            self._tend()
+        if self._done_through is not None:
+            self._trim()
+        if self._owed:
+            _log.info("%d entries stay in the outbox, not confirmed by Kafka", len(self._owed))
+
+    def _on_error(self, error: KafkaError) -> None:
+        # A fatal error fails every record that is owed, which ends the turn: here it only has to be said.
+        self._relay.kafka_outage.failed(error)

@@ -1,0 +1,129 @@
+-- schema.sql: idempotent; runs on TimescaleDB (community), TimescaleDB (Apache-only build)
+-- and plain PostgreSQL >= 14. Apply with:  psql -X -1 -v ON_ERROR_STOP=1 -f schema.sql
+SET client_min_messages = warning;
+
+-- Two migrators at once would race on CREATE ... IF NOT EXISTS: serialise them.
+-- (Held to the end of the transaction under psql -1; harmless otherwise.)
+SELECT pg_advisory_xact_lock(7203001);
+
+-- 1. Tables: the same everywhere ---------------------------------------------------------
+
+-- Current state. NOT a hypertable: one row per key, updated in place.
+-- (ver_ms, ver_seq) is the event_id '<ms>-<seq>' as numbers; text order would put -10 before -9.
+CREATE TABLE IF NOT EXISTS scores (
+    board      text        NOT NULL,
+    player_id  text        NOT NULL,
+    score      bigint      NOT NULL,
+    ver_ms     bigint      NOT NULL,
+    ver_seq    bigint      NOT NULL,
+    updated_at timestamptz NOT NULL,               -- event time, not arrival time
+    PRIMARY KEY (board, player_id)
+) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.02); -- room for HOT updates; no index on score
+
+-- Append-only history. `at` is a pure function of the event id (enforced), so a
+-- redelivery always produces the same key, in the same chunk.
+CREATE TABLE IF NOT EXISTS score_events (
+    board     text        NOT NULL,
+    player_id text        NOT NULL,
+    at        timestamptz NOT NULL,
+    ver_ms    bigint      NOT NULL,
+    ver_seq   bigint      NOT NULL,
+    delta     bigint      NOT NULL,
+    score     bigint      NOT NULL,
+    CONSTRAINT score_events_pkey PRIMARY KEY (board, player_id, at, ver_seq),
+    CONSTRAINT score_events_at_from_id CHECK (at = to_timestamp(ver_ms::float8 / 1000))
+);
+
+CREATE TABLE IF NOT EXISTS consumer_offsets (
+    consumer_group text        NOT NULL,
+    topic          text        NOT NULL,
+    partition      integer     NOT NULL,
+    topic_id       text        NOT NULL,           -- a topic made anew has the name but not the id
+    next_offset    bigint      NOT NULL,           -- offset to seek to, i.e. last processed + 1
+    updated_at     timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (consumer_group, topic, partition)
+);
+
+-- 2. TimescaleDB, if this server can really load it --------------------------------------
+
+-- "available" alone is not enough: CREATE EXTENSION without the preload is FATAL (it kills
+-- the session, so no EXCEPTION block can catch it). The preloaded loader defines this GUC.
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_available_extensions WHERE name = 'timescaledb')
+       AND current_setting('timescaledb.disable_load', true) = 'off' THEN
+        CREATE EXTENSION IF NOT EXISTS timescaledb;
+    END IF;
+END $$;
+
+DO $$
+DECLARE
+    has_ts  boolean := EXISTS (SELECT FROM pg_extension WHERE extname = 'timescaledb');
+    -- Debian's own package is Apache-only: hypertables yes; columnstore, policies, caggs no.
+    has_tsl boolean := has_ts AND current_setting('timescaledb.license', true) = 'timescale';
+    is_cagg boolean := false;
+    v       record;
+    body    text;
+BEGIN
+    -- 2a. history table
+    IF has_ts THEN
+        PERFORM create_hypertable('score_events', by_range('at', INTERVAL '1 day'),
+                                  create_default_indexes => false,
+                                  if_not_exists => true, migrate_data => true);
+    END IF;
+    CREATE INDEX IF NOT EXISTS score_events_at ON score_events USING brin (at) WITH (pages_per_range = 32);
+
+    -- 2b. columnstore + retention
+    IF has_tsl THEN
+        IF NOT EXISTS (SELECT FROM timescaledb_information.hypertables
+                       WHERE hypertable_schema = current_schema() AND hypertable_name = 'score_events'
+                         AND compression_enabled) THEN
+            -- segmentby + orderby cover the primary key, so a redelivery into a compressed
+            -- chunk only has to open the matching batches.
+            ALTER TABLE score_events SET (timescaledb.compress,
+                timescaledb.compress_segmentby = 'board',
+                timescaledb.compress_orderby   = 'player_id, at, ver_seq');
+        END IF;
+        PERFORM add_compression_policy('score_events', INTERVAL '3 days',  if_not_exists => true);
+        PERFORM add_retention_policy  ('score_events', INTERVAL '30 days', if_not_exists => true);
+    END IF;
+
+    -- 2c. roll-ups: one body, three renderings.
+    -- start_offset: just inside the source's retention. Shorter, and rows older than it vanish
+    -- from the view at the first refresh; longer (or NULL), and a replay of events already
+    -- dropped from the source would recompute old buckets from the replayed part alone.
+    FOR v IN SELECT * FROM (VALUES
+        ('score_hourly', 'score_events', 'at',     INTERVAL '1 hour', 'sum(delta)::bigint', 'count(*)',
+         'max(ARRAY[ver_ms, ver_seq, score])', INTERVAL '28 days',  INTERVAL '1 hour', INTERVAL '15 minutes', INTERVAL '180 days'),
+        ('score_daily',  'score_hourly', 'bucket', INTERVAL '1 day',  'sum(delta)::bigint', 'sum(events)::bigint',
+         'max(last_ver)',                      INTERVAL '175 days', INTERVAL '1 day',  INTERVAL '1 hour',     NULL)
+      ) AS t(name, src, ts, width, s, n, lst, start_off, end_off, every, keep)
+    LOOP
+        -- last_ver = {ms, seq, score} of the newest event. last(score, at) is wrong when two
+        -- events share a millisecond; max() over the array orders by (ms, seq) and is plain SQL.
+        body := format('SELECT board, player_id, %s AS bucket, %s AS delta, %s AS events, '
+                       '%s AS last_ver, (%s)[3] AS last_score FROM %I GROUP BY 1, 2, 3',
+                       format(CASE WHEN has_ts THEN 'time_bucket(%L::interval, %I)'
+                                   ELSE 'date_bin(%L::interval, %I, timestamptz ''2000-01-01 00:00Z'')' END,
+                              v.width, v.ts),
+                       v.s, v.n, v.lst, v.lst, v.src);
+        IF has_tsl THEN
+            SELECT EXISTS (SELECT FROM timescaledb_information.continuous_aggregates
+                           WHERE view_schema = current_schema() AND view_name = v.name) INTO is_cagg;
+            IF NOT is_cagg THEN
+                EXECUTE format('DROP VIEW IF EXISTS %I CASCADE', v.name);   -- plain view from a degraded install
+                EXECUTE format('CREATE MATERIALIZED VIEW %I WITH (timescaledb.continuous, '
+                               'timescaledb.materialized_only = false) AS %s WITH NO DATA', v.name, body);
+            END IF;
+            PERFORM add_continuous_aggregate_policy(v.name::regclass, start_offset => v.start_off,
+                        end_offset => v.end_off, schedule_interval => v.every, if_not_exists => true);
+            IF v.keep IS NOT NULL THEN
+                PERFORM add_retention_policy(v.name::regclass, v.keep, if_not_exists => true);
+            END IF;
+        ELSE
+            EXECUTE format('CREATE OR REPLACE VIEW %I AS %s', v.name, body);
+        END IF;
+    END LOOP;
+    RAISE INFO 'leaderboard schema ready: timescaledb=%, community features=%', has_ts, has_tsl;
+END $$;
+RESET client_min_messages;

@@ -1,0 +1,153 @@
+"""Writing TimescaleDB: the schema, batches of events, and the offsets they came from.
+
+Knows SQL and nothing of Kafka beyond the numbers it keeps for it. What was written twice counts once: rows are
+told apart by version, and an offset never goes back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import psycopg
+from psycopg import errors, sql
+
+from server.events import PERSISTER_GROUP, ScoreEvent
+
+RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
+"""Before each further try at a statement that lost a race, or whose connection was lost."""
+
+STATEMENT_TIMEOUT_MS: Final = 60_000
+_SCHEMA: Final = Path(__file__).with_name("schema.sql").read_text()
+_PERSIST: Final = Path(__file__).with_name("persist_batch.sql").read_text().encode()
+_T = TypeVar("_T")
+
+
+class StoredOffset(NamedTuple):
+    """Where to go on in one partition of the topic that had this id."""
+
+    topic_id: str
+    next_offset: int
+
+
+class Persisted(NamedTuple):
+    """What a batch changed: rows of history, current scores, offsets. All 0 for a batch seen before."""
+
+    new_events: int
+    players_advanced: int
+    offsets_advanced: int
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """Events in columns, as the statement takes them; row i of each column is one event."""
+
+    board: list[str] = dataclasses.field(default_factory=list)
+    player: list[str] = dataclasses.field(default_factory=list)
+    ms: list[int] = dataclasses.field(default_factory=list)
+    seq: list[int] = dataclasses.field(default_factory=list)
+    delta: list[int] = dataclasses.field(default_factory=list)
+    score: list[int] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.board)
+
+    def add(self, event: ScoreEvent) -> None:
+        """Append one event."""
+        ms, seq = event.version
+        self.board.append(event.board)
+        self.player.append(event.player_id)
+        self.ms.append(ms)
+        self.seq.append(seq)
+        self.delta.append(event.score_delta)
+        self.score.append(event.new_score)
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the events."""
+        return Batch(
+            self.board[rows], self.player[rows], self.ms[rows], self.seq[rows], self.delta[rows], self.score[rows]
+        )
+
+
+def migrate(database_url: str) -> None:
+    """Bring the schema up to date; harmless when it is, and when others do the same.
+
+    Raises psycopg.Error.
+    """
+    with psycopg.connect(database_url, connect_timeout=5) as connection:
+        connection.execute(sql.SQL(_SCHEMA))
+
+
+class Store:
+    """One connection that writes, made when it is needed and again when it was lost."""
+
+    def __init__(self, database_url: str) -> None:
+        self._database_url = database_url
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def persist(self, batch: Batch, topic: str, topic_id: str, next_offsets: Mapping[int, int]) -> Persisted:
+        """Write the events and move the offsets, all or nothing.
+
+        Raises psycopg.OperationalError when the database is away, and another psycopg.Error when it
+        refuses what it was given; either way nothing was written.
+        """
+        parameters = {
+            "board": batch.board,
+            "player": batch.player,
+            "ms": batch.ms,
+            "seq": batch.seq,
+            "delta": batch.delta,
+            "score": batch.score,
+            "consumer_group": PERSISTER_GROUP,
+            "topic": topic,
+            "topic_id": topic_id,
+            "partitions": list(next_offsets.keys()),
+            "next_offsets": list(next_offsets.values()),
+        }
+        row = self._retrying(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
+        assert row is not None, "the statement returns one row"
+        return Persisted(*row)
+
+    def offsets(self, topic: str) -> dict[int, StoredOffset]:
+        """Where to go on, by partition; a partition nothing was stored of is missing."""
+        query = "SELECT partition, topic_id, next_offset FROM consumer_offsets WHERE consumer_group = %s AND topic = %s"
+        rows = self._retrying(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic)).fetchall())
+        return {partition: StoredOffset(topic_id, next_offset) for partition, topic_id, next_offset in rows}
+
+    def forget_offsets(self, topic: str, but_of: str) -> None:
+        """Delete the offsets of topics that had this name, except of the one with the id `but_of`."""
+        query = "DELETE FROM consumer_offsets WHERE consumer_group = %s AND topic = %s AND topic_id <> %s"
+        self._retrying(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
+
+    def close(self) -> None:
+        """Give up the connection."""
+        if self._connection:
+            self._connection.close()
+        self._connection = None
+
+    def _retrying(self, work: Callable[[psycopg.Connection[Any]], _T]) -> _T:
+        for delay_s in RETRY_DELAYS_S:
+            try:
+                return work(self._connected())
+            except (errors.SerializationFailure, errors.DeadlockDetected):
+                time.sleep(delay_s * random.random())  # noqa: S311 (jitter, not a secret)
+            except psycopg.OperationalError:
+                self.close()
+                time.sleep(delay_s)
+        return work(self._connected())
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        if self._connection is None or self._connection.closed:
+            self._connection = psycopg.connect(
+                self._database_url,
+                autocommit=True,
+                prepare_threshold=1,
+                connect_timeout=5,
+                application_name="scoreboard persister",
+                options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
+            )
+        return self._connection

@@ -1,0 +1,62 @@
+"""Waiting: until somebody asks us to stop, and through the outage of a service.
+
+Knows no service; whoever uses it says what is away and what went wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from typing import Final
+
+FIRST_DELAY_S: Final = 0.1
+LONGEST_DELAY_S: Final = 3.0
+_LOOK_EVERY_S: Final = 0.05
+
+
+class Stop:
+    """A request to stop: made once, from a signal handler or another thread, and looked at often."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def request(self, *_: object) -> None:
+        """Ask; takes and ignores what a signal handler is given."""
+        self.requested = True
+
+    def wait(self, duration_s: float) -> bool:
+        """Sleep that long, or until the request comes; says whether it came."""
+        deadline = time.monotonic() + duration_s
+        while not self.requested:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                break
+            time.sleep(min(left_s, _LOOK_EVERY_S))
+        return self.requested
+
+
+class Outage:
+    """A service that may be away: logged when it goes and when it is back, not at every try in between."""
+
+    def __init__(self, service: str, log: logging.Logger) -> None:
+        self._service = service
+        self._log = log
+        self._began_at: float | None = None
+        self._delay_s = FIRST_DELAY_S
+
+    def failed(self, error: object) -> float:
+        """Note a try that failed; returns the seconds to wait before the next, with jitter."""
+        if self._began_at is None:
+            self._began_at = time.monotonic()
+            self._log.warning("%s does not answer, trying on: %s", self._service, str(error).strip())
+        delay_s = self._delay_s
+        self._delay_s = min(2 * delay_s, LONGEST_DELAY_S)
+        return delay_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter, not a secret)
+
+    def over(self) -> None:
+        """Note that the service answered."""
+        if self._began_at is not None:
+            self._log.info("%s answers again after %.1f s", self._service, time.monotonic() - self._began_at)
+            self._began_at = None
+            self._delay_s = FIRST_DELAY_S
