@@ -78,6 +78,10 @@ class Child:
         """Exit status, negative for a signal; None while it runs or before its first start."""
         return self._process.poll() if self._process else None
 
+    def start(self) -> None:
+        """Start the process and wait until it is ready, where there is a way to know."""
+        self.launch()
+
     def launch(self) -> None:
         """Start the process; returns before it is ready for anything."""
         assert not self.running, f"{self.name} runs already"
@@ -97,25 +101,30 @@ class Child:
                 pass_fds=self.inherits,
             )
 
+    def wait(self, timeout_s: float) -> int | None:
+        """Its exit status once it has ended; None when it has not within `timeout_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process:
+                self._process.wait(timeout_s)
+        return self.status
+
     def stop(self, grace_s: float = 10.0) -> int | None:
         """Ask it to end, wake it if it is paused, and kill it when `grace_s` is over; returns its exit status."""
         if self.running:
             self._send(self.stop_signal)
             self.resume()
-            try:
-                self._wait(grace_s)
-            except subprocess.TimeoutExpired:
+            if self.wait(grace_s) is None:
                 _log.warning("%s did not end within %.0f s and is killed", self.name, grace_s)
                 self.kill()
         return self.status
 
     def kill(self) -> None:
         """End it as a power cut would (SIGKILL), with all its children."""
-        family = self._family()
+        family = self.family()
         self._send(signal.SIGKILL)
         for pid in family:
             _signal_if_there(pid, signal.SIGKILL)
-        self._wait(10)
+        self.wait(10)
         deadline = time.monotonic() + 10
         while any(map(alive, family)) and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -123,14 +132,18 @@ class Child:
     def pause(self) -> None:
         """Stop it as a debugger would (SIGSTOP), with all its children: connections stay open, nothing answers."""
         self._send(signal.SIGSTOP)
-        for pid in self._family():
+        for pid in self.family():
             _signal_if_there(pid, signal.SIGSTOP)
 
     def resume(self) -> None:
         """Let it go on after `pause`."""
-        for pid in self._family():
+        for pid in self.family():
             _signal_if_there(pid, signal.SIGCONT)
         self._send(signal.SIGCONT)
+
+    def family(self) -> list[int]:
+        """The process ids of its children, and theirs."""
+        return list(_descendants(self.pid)) if self.running else []
 
     def output_tail(self, lines: int = 20) -> str:
         """The last lines of its log since the last start; empty without a log."""
@@ -143,13 +156,6 @@ class Child:
     def _send(self, number: signal.Signals) -> None:
         if self._process:
             self._process.send_signal(number)
-
-    def _wait(self, timeout_s: float) -> None:
-        if self._process:
-            self._process.wait(timeout_s)
-
-    def _family(self) -> list[int]:
-        return list(_descendants(self._process.pid)) if self._process and self.running else []
 
 
 def alive(pid: int) -> bool:

@@ -1,0 +1,231 @@
+"""Children: restarted when they die, stopped in order, and never left behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from server.supervisor import Child, Supervisor, alive, ended, next_delay
+from tests.services import ROOT, wait_until
+
+SLEEP = ["sleep", "1000"]
+
+
+@pytest.fixture
+def supervisor() -> Iterator[Supervisor]:
+    supervisor = Supervisor([])
+    yield supervisor
+    for child in supervisor.children:
+        if child.running:
+            child.kill()
+
+
+def noting_its_end(name: str, notes: Path) -> Child:
+    """A child that writes its name down when it is told to end, and takes its time."""
+    code = f"""
+import signal, sys, time
+def end(*_):
+    time.sleep(0.1)
+    open({str(notes)!r}, "a").write("{name} ")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+    return Child(name, [sys.executable, "-c", code], log=notes.with_name(f"{name}.log"))
+
+
+def test_delay_doubles_up_to_five_seconds() -> None:
+    delays = [next_delay(None, 0)]
+    for _ in range(6):
+        delays.append(next_delay(delays[-1], 0.1))
+    assert delays == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+def test_delay_starts_over_after_ten_seconds_alive() -> None:
+    assert next_delay(5.0, 10.0) == 0.2
+
+
+def test_status_in_words() -> None:
+    assert [ended(status) for status in (0, 3, -9)] == [
+        "exited with status 0",
+        "exited with status 3",
+        "was killed by SIGKILL",
+    ]
+
+
+def test_killed_child_starts_again_and_the_log_says_why(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    child = Child("sleeper", SLEEP)
+    supervisor.children.append(child)
+    supervisor.start()
+    first = child.pid
+    os.kill(first, signal.SIGKILL)
+
+    def started_again() -> bool:
+        supervisor.tend(0.05)
+        return child.pid != first
+
+    wait_until(started_again)
+    assert child.running
+    assert "sleeper was killed by SIGKILL after" in caplog.text
+    assert "it starts again in 0.2 s" in caplog.text
+
+
+def test_child_that_ends_by_itself_starts_again_with_growing_delays(
+    supervisor: Supervisor, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor.children.append(Child("brief", ["sh", "-c", "exit 3"]))
+    supervisor.start()
+
+    def failed_thrice() -> bool:
+        supervisor.tend(0.05)
+        return caplog.text.count("brief exited with status 3") == 3
+
+    wait_until(failed_thrice)
+    assert [f"again in {delay} s" in caplog.text for delay in (0.2, 0.4, 0.8)] == [True] * 3
+
+
+def test_stop_ends_children_in_order_each_before_the_next(tmp_path: Path, supervisor: Supervisor) -> None:
+    notes = tmp_path / "notes"
+    children = [noting_its_end(name, notes) for name in ("first", "second", "third")]
+    supervisor.children += children
+    supervisor.start()
+    wait_until(lambda: all("ready" in child.output_tail() for child in children))
+    supervisor.stop()
+    assert notes.read_text() == "first second third "
+    assert [child.status for child in children] == [0, 0, 0]
+
+
+def test_stop_kills_what_does_not_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    child = Child("deaf", ["sh", "-c", "trap '' TERM; echo ready; sleep 1000 & wait; wait"], log=tmp_path / "log")
+    child.start()
+    wait_until(lambda: "ready" in child.output_tail())
+    family = child.family()
+    assert child.stop(grace_s=0.2) == -signal.SIGKILL
+    assert not any(map(alive, family))
+    assert "deaf did not end within" in caplog.text
+
+
+def test_paused_child_can_be_stopped() -> None:
+    child = Child("sleeper", SLEEP)
+    child.start()
+    child.pause()
+    assert child.stop() == -signal.SIGTERM
+
+
+def test_kill_takes_the_grandchildren_along(tmp_path: Path) -> None:
+    child = Child("parent", ["sh", "-c", "sleep 1000 & echo ready; wait"], log=tmp_path / "log")
+    child.start()
+    wait_until(lambda: "ready" in child.output_tail())
+    family = child.family()
+    assert family
+    child.kill()
+    assert not any(map(alive, family))
+
+
+def test_terminal_signals_do_not_reach_children() -> None:
+    child = Child("sleeper", SLEEP)
+    child.start()
+    try:
+        assert os.getsid(child.pid) == child.pid
+    finally:
+        child.kill()
+
+
+def test_output_tail_shows_this_start_only(tmp_path: Path) -> None:
+    child = Child("speaker", ["sh", "-c", "echo $$"], log=tmp_path / "log")
+    for _ in range(2):
+        child.start()
+        child.wait(10)
+    assert child.output_tail() == str(child.pid)
+
+
+def test_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    child = Child("absent", ["/no/such/program"], log=tmp_path / "log")
+    child.start()
+    assert child.wait(10) == 1
+    assert "/no/such/program: [Errno 2]" in child.output_tail()
+
+
+PARENT = """
+import sys
+from server.supervisor import Child, Supervisor
+deeper = [sys.executable, "-c", '''
+from server.supervisor import Child, Supervisor
+child = Child("grandchild", ["sleep", "1000"])
+child.launch()
+print(child.pid, flush=True)
+Supervisor([child]).run()
+''']
+Supervisor([Child("child", deeper), Child("sleeper", ["sleep", "1000"])]).run(grace_s=5)
+"""
+
+
+@pytest.fixture
+def parent() -> Iterator[subprocess.Popen[str]]:
+    """A process that runs a supervisor, under which another one runs."""
+    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+def its_processes(parent: subprocess.Popen[str]) -> list[int]:
+    assert parent.stdout is not None
+    grandchild = int(parent.stdout.readline())
+
+    def children() -> list[int]:
+        return list(map(int, Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()))
+
+    return [*wait_until(lambda: children() if len(children()) == 2 else []), grandchild]
+
+
+def test_kill_9_of_the_parent_leaves_nothing_behind(parent: subprocess.Popen[str]) -> None:
+    processes = its_processes(parent)
+    assert len(processes) == 3
+    assert all(map(alive, processes))
+    parent.kill()
+    wait_until(lambda: not any(map(alive, processes)), message="children outlived their parent")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_run_ends_everything_on_a_signal(parent: subprocess.Popen[str], number: signal.Signals) -> None:
+    processes = its_processes(parent)
+    parent.send_signal(number)
+    assert parent.wait(10) == 0
+    assert not any(map(alive, processes))
+
+
+def test_parent_that_died_before_the_child_was_up_leaves_no_child(tmp_path: Path) -> None:
+    child = Child("sleeper", SLEEP)
+    child.start()
+    wrapped = [part if part != str(os.getpid()) else "1" for part in child_command(child)]
+    child.kill()
+    started = time.monotonic()
+    assert subprocess.run(wrapped, check=False).returncode == 0
+    assert time.monotonic() - started < 100, "it became the program although its parent was gone"
+
+
+def child_command(child: Child) -> list[str]:
+    from server import supervisor
+
+    return supervisor._wrapped(child.argv, child.orphan_signal, child.owner)
+
+
+def test_log_is_appended_and_nothing_is_left_open(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    supervisor = Supervisor([Child("speaker", ["sh", "-c", "echo here; sleep 1000"], log=tmp_path / "log")])
+    before = len(os.listdir("/proc/self/fd"))
+    supervisor.start()
+    supervisor.stop()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert "speaker was killed by SIGTERM" in caplog.text
