@@ -155,10 +155,11 @@ def test_nothing_is_lost_or_counted_twice_when_a_process_is_killed_under_load(
             try:
                 player.submit(name, delta)
             except ConnectionRefusedError:
+                player.close()
                 killed.wait(0.1)
             except (OSError, http.client.HTTPException):
-                unknown.append((name, delta))
                 player.close()  # http.client connects again by itself
+                unknown.append((name, delta))
             count += 1
             if count == 200:
                 submitted.set()
