@@ -1,0 +1,289 @@
+"""`scoreboard dev` as a user meets it: started, used, killed, interrupted, and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+import redis as redis_client
+
+from server.dev import _without_password
+from server.embedded import PostgresServer, RedisServer, free_port
+from server.supervisor import Child, alive
+from tests.services import ROOT, environment, wait_until
+
+pytestmark = [pytest.mark.redis, pytest.mark.postgres]
+
+
+class Dev(Child):
+    """`scoreboard dev` with its data in `data`."""
+
+    def __init__(self, data: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> None:
+        self.port = free_port()
+        env = environment({"PORT": str(self.port), **(settings or {})})
+        if "JWT_SECRET" not in (settings or {}):
+            del env["JWT_SECRET"]
+        argv = [sys.executable, "-m", "server", "dev", "--data", str(data), *arguments]
+        super().__init__("dev", argv, env, log=data.with_name("dev.log"), cwd=ROOT)
+
+    @property
+    def screen(self) -> str:
+        return self.output_tail(100)
+
+    def wait_for(self, words: str, deadline_s: float = 40) -> None:
+        def said() -> bool:
+            assert words in self.screen or self.running, self.screen
+            return words in self.screen
+
+        wait_until(said, deadline_s, f"never said: {words}")
+
+    def start(self) -> None:
+        super().start()
+        self.wait_for("Ctrl-C stops everything")
+
+    def interrupt(self) -> None:
+        os.kill(self.pid, signal.SIGINT)
+
+    def curl(self) -> dict[str, Any]:
+        """What the line that is shown answers when pasted into a shell."""
+        (line,) = (line for line in self.screen.splitlines() if line.startswith("curl "))
+        answer: dict[str, Any] = json.loads(subprocess.check_output(["sh", "-c", line], stderr=subprocess.DEVNULL))
+        return answer
+
+    def board(self) -> dict[str, int]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/leaderboard?limit=100", timeout=5) as answer:
+            return {entry["playerId"]: entry["score"] for entry in json.load(answer)}
+
+    def process(self, *words: str) -> int:
+        """The id of the process below it whose command line ends with `words`; 0 if there is none."""
+        for pid in self.family():
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+            if command[-len(words) :] == [word.encode() for word in words]:
+                return pid
+        return 0
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> Iterator[Callable[..., Dev]]:
+    """Makes a Dev that is not started yet; all on the same data."""
+    made: list[Dev] = []
+
+    def make(*arguments: str, settings: Mapping[str, str] | None = None) -> Dev:
+        made.append(Dev(tmp_path / "data", *arguments, settings=settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        if each.running:
+            each.kill()
+
+
+def test_board_is_still_there_after_stop_and_start(dev: Callable[..., Dev]) -> None:
+    first = dev("--no-demo")
+    first.start()
+    assert first.curl() == {"playerId": "player123", "newScore": 5}
+    shown = first.screen
+    processes = first.family()
+    first.interrupt()
+    assert first.wait(20) == 0, first.screen
+    assert not any(map(alive, processes))
+    assert "still on its way" not in first.screen
+
+    second = dev("--no-demo")
+    second.start()
+    assert second.board() == {"player123": 5}
+    # The token printed the first time is still good.
+    second.log = None
+    line = next(line for line in shown.splitlines() if line.startswith("curl ")).replace(
+        str(first.port), str(second.port)
+    )
+    answer = json.loads(subprocess.check_output(["sh", "-c", line], stderr=subprocess.DEVNULL))
+    assert answer == {"playerId": "player123", "newScore": 10}
+    assert second.stop(20) == 0
+
+
+def test_secret_is_for_the_owner_only(dev: Callable[..., Dev], tmp_path: Path) -> None:
+    dev("--no-demo").start()
+    assert stat.S_IMODE((tmp_path / "data" / "jwt-secret").stat().st_mode) == 0o600
+
+
+def test_demo_players_move_the_board_and_everything_of_it_is_stored(dev: Callable[..., Dev]) -> None:
+    running = dev()
+    running.start()
+    wait_until(lambda: sum(running.board().values()) > 200)
+    assert "12, for demonstration" in running.screen
+    database = re.search(r"postgresql://\S+", running.screen)
+    assert database
+    before = running.board()
+    with psycopg.connect(database[0]) as connection:
+        query = "SELECT coalesce(sum(score), 0) FROM scores"
+
+        def stored() -> bool:
+            row = connection.execute(query).fetchone()
+            connection.rollback()
+            return row is not None and row[0] >= sum(before.values())
+
+        wait_until(stored)
+    assert running.stop(20) == 0
+
+
+def test_killed_server_and_sync_start_again(dev: Callable[..., Dev]) -> None:
+    running = dev("--no-demo")
+    running.start()
+    for words in (("-m", "server", "serve"), ("-m", "server", "sync")):
+        killed = running.process(*words)
+        assert killed
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda words=words, killed=killed: running.process(*words) not in (0, killed))  # type: ignore[misc]
+    wait_until(lambda: answers(running))
+    assert running.curl() == {"playerId": "player123", "newScore": 5}
+    assert "server was killed by SIGKILL" in running.screen
+    assert "sync was killed by SIGKILL" in running.screen
+
+
+def answers(running: Dev) -> bool:
+    try:
+        running.board()
+    except OSError:
+        return False
+    return True
+
+
+def test_killed_redis_comes_back_with_its_data(dev: Callable[..., Dev]) -> None:
+    running = dev("--no-demo")
+    running.start()
+    running.curl()
+    port = re.search(r"Redis +127.0.0.1:(\d+)", running.screen)
+    assert port
+    with redis_client.Redis(port=int(port[1]), socket_timeout=1) as client:
+        os.kill(client.info("server")["process_id"], signal.SIGKILL)
+
+    def next_score() -> bool:
+        return running.curl().get("newScore") == 10
+
+    wait_until(next_score, 20)
+
+
+def test_kill_9_leaves_nothing_running_and_the_next_start_goes_on(dev: Callable[..., Dev]) -> None:
+    first = dev("--no-demo")
+    first.start()
+    first.curl()
+    processes = first.family()
+    assert len(processes) >= 6
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait(5)
+    second = dev("--no-demo")
+    second.start()  # at once: it waits for the old stores to close their data
+    assert not any(map(alive, processes))
+    assert second.board() == {"player123": 5}
+
+
+def test_second_one_on_the_same_data_is_refused(dev: Callable[..., Dev], tmp_path: Path) -> None:
+    first, second = dev("--no-demo"), dev("--no-demo")
+    first.start()
+    second.log = tmp_path / "second.log"
+    second.launch()
+    assert second.wait(10) == 1
+    expected = f"another one (process {first.pid}) runs with {tmp_path / 'data'}: stop it, or choose another --data"
+    assert second.screen == f"scoreboard dev: {expected}"
+    assert first.board() == {}
+
+
+def test_taken_port_is_one_clear_sentence(dev: Callable[..., Dev]) -> None:
+    running = dev("--no-demo")
+    with socket.create_server(("127.0.0.1", running.port)):
+        running.launch()
+        assert running.wait(10) == 1
+    port = running.port
+    assert running.screen == f"scoreboard dev: port {port} is taken: choose another, as in make run PORT={port + 1}"
+
+
+def test_wrong_setting_is_named(dev: Callable[..., Dev]) -> None:
+    running = dev(settings={"RATE_LIMIT_PER_SECOND": "many"})
+    running.launch()
+    assert running.wait(10) == 2
+    assert "RATE_LIMIT_PER_SECOND: expected a number from 0 (off) to 1000000, got 'many'" in running.screen
+
+
+def test_second_interrupt_ends_everything_at_once(dev: Callable[..., Dev]) -> None:
+    running = dev()
+    running.start()
+    processes = running.family()
+    os.kill(running.process("-m", "server", "serve"), signal.SIGSTOP)  # an orderly stop would wait for it
+    running.interrupt()
+    running.wait_for("Stopping")
+    started = time.monotonic()
+    running.interrupt()
+    assert running.wait(5) == 130
+    assert time.monotonic() - started < 5
+    assert not any(map(alive, processes))
+
+
+@pytest.mark.parametrize("delay_s", [0.1, 0.5, 1.5])
+def test_interrupt_during_the_start_leaves_nothing(dev: Callable[..., Dev], delay_s: float) -> None:
+    running = dev()
+    running.launch()
+    wait_until(lambda: running.log is not None and (running.log.parent / "data" / "lock").exists())
+    time.sleep(delay_s)
+    processes = running.family()
+    running.interrupt()
+    assert running.wait(20) == 0, running.screen
+    assert not any(map(alive, processes))
+    assert "Traceback" not in running.screen
+
+
+def test_named_servers_replace_embedded_ones(
+    dev: Callable[..., Dev],
+    tmp_path: Path,
+    redis: redis_client.Redis,
+    redis_server: RedisServer,
+    database_url: str,
+) -> None:
+    named = {"REDIS_HOST": redis_server.host, "REDIS_PORT": str(redis_server.port), "DATABASE_URL": database_url}
+    running = dev("--no-demo", settings=named)
+    running.start()
+    running.curl()
+    assert redis.get("player:player123:score") == b"5"
+    assert not (tmp_path / "data" / "redis").exists()
+    assert not (tmp_path / "data" / "postgres").exists()
+    assert re.search(rf"Redis +127.0.0.1:{redis_server.port} +yours", running.screen)
+    assert running.stop(20) == 0
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT player_id, score FROM scores").fetchall() == [("player123", 5)]
+    assert redis.ping(), "it stopped a server that is not its own"
+
+
+def test_secret_and_limits_of_the_environment_are_honoured(dev: Callable[..., Dev]) -> None:
+    secret = "x" * 40
+    running = dev("--no-demo", settings={"JWT_SECRET": secret, "RATE_LIMIT_PER_SECOND": "1", "RATE_LIMIT_BURST": "1"})
+    running.start()
+    (line,) = (line for line in running.screen.splitlines() if line.startswith("curl "))
+    assert secret not in running.screen
+    assert running.curl()["newScore"] == 5
+    assert running.curl()["status"] == 429
+    assert shlex.split(line)[0] == "curl"
+
+
+def test_passwords_are_not_shown() -> None:
+    assert _without_password("postgresql://me:pass@db:5432/scores") == "postgresql://me:…@db:5432/scores"
+    assert _without_password("postgresql://db/scores") == "postgresql://db/scores"
+
+
+def test_embedded_database_is_a_cluster_of_its_own(dev: Callable[..., Dev], postgres_server: PostgresServer) -> None:
+    running = dev("--no-demo")
+    running.start()
+    assert f":{postgres_server.port}/" not in running.screen
