@@ -49,7 +49,7 @@ def new_producer(settings: Settings, on_error: Callable[[KafkaError], None]) -> 
             "acks": "all",
             "message.timeout.ms": 0,
             "partitioner": "murmur2_random",
-            "linger.ms": 0.5,
+            "linger.ms": 0,
             "queue.buffering.max.messages": MAX_IN_FLIGHT,
         }
     )
@@ -62,6 +62,7 @@ def new_consumer(settings: Settings, group: str, on_error: Callable[[KafkaError]
             **_clients(settings, on_error),
             "group.id": group,
             "enable.auto.commit": False,
+            "session.timeout.ms": 10_000,
             "auto.offset.reset": "error",
             "fetch.wait.max.ms": 10,
             "queued.max.messages.kbytes": 4096,

@@ -1,7 +1,7 @@
 """The outbox: a Redis stream, read from its beginning and trimmed behind what has been dealt with.
 
-Two connections: one always has an XREAD pending, so that a new entry arrives without being asked for; the
-other serves the rest. Knows nothing of Kafka, nor of what an entry means beyond its one field.
+Two connections: on one an XREAD is pending while its owner waits or does other things, the other serves the
+rest. Knows nothing of Kafka, nor of what an entry means beyond its one field.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_ENTRIES: Final = 1000
 EVENTS_A_READ: Final = 1500
 """What a read should bring: enough to make the round trip cheap, little enough to go on its way soon."""
 
-BYTES_A_EVENT: Final = 15
+BYTES_AN_EVENT: Final = 15
 _BLOCK_MS: Final = 1000
 _BEGINNING: Final = "0-0"
 
@@ -51,22 +51,25 @@ class Outbox:
         self._position = _BEGINNING
         self._count = ENTRIES_AT_FIRST
         self._reader = client.connection_pool.get_connection()
-        self._ask()
+        self._asked = False
 
     def arrived(self, timeout_s: float) -> list[Entry]:
         """The next entries, in order; none if none came within `timeout_s`."""
+        if not self._asked:
+            self._ask()
         if not self._reader.can_read(timeout=timeout_s):
             return []
         reply: Any = self._reader.read_response()
         if isinstance(reply, Exception):
             raise reply
+        self._asked = False
         entries = [_entry(*raw) for raw in reply[0][1]] if reply else []
         if entries:
             self._position = entries[-1].entry_id
-            size_bytes = sum(len(entry.payload or b"") for entry in entries) / len(entries)
-            events = max(1.0, size_bytes / BYTES_A_EVENT)
-            self._count = max(1, min(MOST_ENTRIES, int(EVENTS_A_READ / events)))
-        self._ask()
+            more = len(entries) == self._count
+            self._count = _next_count(entries)
+            if more:
+                self._ask()  # so that the reply is there when these are dealt with
         return entries
 
     def trim_through(self, entry_id: str) -> None:
@@ -79,7 +82,7 @@ class Outbox:
         self._client.close()
 
     def _ask(self) -> None:
-        # Sent before the entries at hand are worked on, so the reply is there when they are done.
+        self._asked = True
         self._reader.send_command(  # type: ignore[no-untyped-call]
             "XREAD", "COUNT", self._count, "BLOCK", _BLOCK_MS, "STREAMS", self._key, self._position
         )
@@ -89,6 +92,12 @@ def _entry(entry_id: bytes, fields: list[bytes]) -> Entry:
     if len(fields) == 2 and fields[0] == OUTBOX_FIELD:
         return Entry(entry_id.decode(), fields[1])
     return Entry(entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)).get(OUTBOX_FIELD))
+
+
+def _next_count(entries: list[Entry]) -> int:
+    size_bytes = sum(len(entry.payload or b"") for entry in entries) / len(entries)
+    events_an_entry = max(1.0, size_bytes / BYTES_AN_EVENT)
+    return max(1, min(MOST_ENTRIES, int(EVENTS_A_READ / events_an_entry)))
 
 
 def _after(entry_id: str) -> str:
