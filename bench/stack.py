@@ -1,0 +1,106 @@
+"""The whole scoreboard on free ports: real Redis, Kafka and PostgreSQL, server, relay and persister."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import confluent_kafka
+import psycopg
+import redis
+
+from bench.processes import resident_bytes
+from server.embedded import PostgresServer, RedisServer, Service
+from server.keys import Keys
+from tests.services import ROOT, KafkaBroker, ServerProcess, SyncProcess, environment, wait_until
+
+TOPIC = "score-updates"
+SETTLE_WITHIN_S = 300.0
+
+
+class Stack:
+    """Everything that runs during a benchmark; rate limits are off."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises UnavailableError without Java or Maven."""
+        self.redis = RedisServer(directory / "redis")
+        self.kafka = KafkaBroker(directory / "kafka")
+        self.postgres = PostgresServer(directory / "postgres")
+        settings = {
+            "REDIS_HOST": self.redis.host,
+            "REDIS_PORT": str(self.redis.port),
+            "KAFKA_BROKERS": self.kafka.brokers,
+            "KAFKA_TOPIC": TOPIC,
+            "DATABASE_URL": self.postgres.url,
+            "RATE_LIMIT_PER_SECOND": "0",
+        }
+        self._environment = environment(settings)
+        self.relay = SyncProcess(directory, settings, "relay")
+        self.persister = SyncProcess(directory, settings, "persister")
+        self.server = ServerProcess(directory, settings)
+
+    @property
+    def measured(self) -> dict[str, Service]:
+        """The processes whose CPU time is counted."""
+        return {
+            "server": self.server,
+            "Redis": self.redis,
+            "relay": self.relay,
+            "Kafka": self.kafka,
+            "persister": self.persister,
+            "PostgreSQL": self.postgres,
+        }
+
+    def start(self, stack: contextlib.ExitStack) -> None:
+        """Start everything; `stack` stops it."""
+        for store in (self.redis, self.kafka, self.postgres):
+            stack.callback(store.stop)
+            store.start()
+        migrate = [sys.executable, "-m", "server", "migrate"]
+        subprocess.run(migrate, check=True, env=self._environment, cwd=ROOT, capture_output=True)
+        for service in (self.relay, self.persister, self.server):
+            stack.callback(service.stop)
+            service.start()
+        wait_until(lambda: self.server.status_of("/readyz") == 200, 30, "the server is not ready")
+
+    def outbox_entries(self) -> int:
+        """Batches that Redis still owes Kafka."""
+        with redis.Redis(self.redis.host, self.redis.port) as client:
+            return int(client.xlen(Keys().outbox))
+
+    def settle(self) -> tuple[float, float]:
+        """Wait until all that was accepted is in Kafka, then in PostgreSQL; the seconds that each took."""
+        started_s = time.monotonic()
+        wait_until(lambda: not self.outbox_entries(), SETTLE_WITHIN_S, "the outbox does not drain")
+        relayed_s = time.monotonic() - started_s
+        events = self._events_in_kafka()
+        wait_until(lambda: self._events_persisted() >= events, SETTLE_WITHIN_S, "the persister does not catch up")
+        return relayed_s, time.monotonic() - started_s
+
+    def server_bytes(self) -> int:
+        """Resident memory of the server."""
+        return resident_bytes(self.server.pid)
+
+    def versions(self) -> dict[str, str]:
+        """What was measured against."""
+        with redis.Redis(self.redis.host, self.redis.port) as client, psycopg.connect(self.postgres.url) as connection:
+            postgres = connection.execute("SHOW server_version").fetchone()
+            return {"redis": client.info("server")["redis_version"], "postgresql": postgres[0] if postgres else ""}
+
+    def _events_in_kafka(self) -> int:
+        consumer = confluent_kafka.Consumer({"bootstrap.servers": self.kafka.brokers, "group.id": "bench"})
+        try:
+            partitions = consumer.list_topics(TOPIC, timeout=10).topics[TOPIC].partitions
+            where = [confluent_kafka.TopicPartition(TOPIC, partition) for partition in partitions]
+            return sum(consumer.get_watermark_offsets(each, timeout=10)[1] for each in where)
+        finally:
+            consumer.close()
+
+    def _events_persisted(self) -> int:
+        with psycopg.connect(self.postgres.url) as connection:
+            row = connection.execute("SELECT coalesce(sum(next_offset), 0) FROM consumer_offsets").fetchone()
+        assert row is not None
+        return int(row[0])
