@@ -145,7 +145,7 @@ class Routes:
             page = parse_page(query, self._settings.boards, self._default_board)
             if len(self._pages) < TOP_LIMIT:
                 self._pages[query] = page
-        request.context = (*page, request.method == "HEAD")
+        request.context = page
         self.scores.read_page(*page, request)
 
     def on_page(self, request: Request, page: bytes | None) -> None:
@@ -154,10 +154,10 @@ class Routes:
             self._spawn(self._leaderboard_from_database(request))
             return
         self.counters.count("/leaderboard", 200)
-        self._send(request, _OK, page, is_head=request.context[2])
+        request.answer(_OK, page)
 
     async def _leaderboard_from_database(self, request: Request) -> None:
-        board, limit, is_head = request.context
+        board, limit = request.context
         try:
             page = page_json(await self._database.top(board, limit))
         except (psycopg.Error, OSError, TimeoutError):
@@ -166,17 +166,17 @@ class Routes:
             request.problem(Problem(503, detail, kind="unavailable", headers=(("Retry-After", "1"),)))
             return
         self.counters.count("/leaderboard", 200)
-        self._send(request, _FROM_DATABASE, page, is_head=is_head)
+        request.answer(_FROM_DATABASE, page)
 
     def healthz(self, request: Request) -> None:
         """GET /healthz: the process is alive."""
-        self._send(request, _OK, b'{"alive":true}', is_head=request.method == "HEAD")
+        request.answer(_OK, b'{"alive":true}')
 
     def readyz(self, request: Request) -> None:
         """GET /readyz: what works; 503 while draining or when boards cannot even be read."""
-        self._spawn(self._readyz(request, request.method == "HEAD"))
+        self._spawn(self._readyz(request))
 
-    async def _readyz(self, request: Request, is_head: bool) -> None:
+    async def _readyz(self, request: Request) -> None:
         scores, live = self.scores, self.live
         write = {"ok": scores.epoch is not None and not scores.outbox_full}
         if not write["ok"]:
@@ -192,11 +192,11 @@ class Routes:
         body = {"ready": ready, "draining": self._server.draining, "read": read, "write": write}
         body["live"] = {"ok": live.is_live}
         head = _OK if ready else b"503 Service Unavailable\r\nRetry-After: 1"
-        self._send(request, head, _encode(body), is_head=is_head)
+        request.answer(head, _encode(body))
 
     def show_metrics(self, request: Request) -> None:
         """GET /metrics"""
-        self._send(request, _OK, self._metrics.text(), metrics.CONTENT_TYPE, is_head=request.method == "HEAD")
+        request.answer(_OK, self._metrics.text(), metrics.CONTENT_TYPE)
 
     def unknown(self, request: Request) -> None:
         """Any other path."""
@@ -246,15 +246,6 @@ class Routes:
             None,
             b"",
         )
-
-    @staticmethod
-    def _send(
-        request: Request, head: bytes, body: bytes, content_type: bytes = b"application/json", *, is_head: bool
-    ) -> None:
-        if is_head:
-            request.answer_head(head, body, content_type)
-        else:
-            request.answer(head, body, content_type)
 
     def _caller(self, request: Request, authorization: bytes, forwarded_for: bytes) -> Caller:
         try:
@@ -308,7 +299,7 @@ class Routes:
         )
 
         def send(request: Request) -> None:
-            self._send(request, head, content, content_type, is_head=request.method == "HEAD")
+            request.answer(head, content, content_type)
 
         return send
 

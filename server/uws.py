@@ -125,7 +125,7 @@ class Request:
 
     __slots__ = (
         "_limit", "_on_body", "_received", "_req", "_res", "_server",
-        "body", "context", "done", "head_lines", "received_s", "token",
+        "body", "context", "done", "head_lines", "is_head", "received_s", "token",
     )  # fmt: skip
 
     def __init__(self, server: Server, res: Any, req: Any) -> None:
@@ -140,6 +140,8 @@ class Request:
         self.context: Any = None
         """Whatever the handler needs later."""
         self.done = False
+        self.is_head = False
+        """Whether the method is HEAD: every answer then goes without its body."""
         self.head_lines = server.head_lines
         """Header lines, each after a CRLF, that go with whatever is answered (CORS)."""
         self.received_s = time.monotonic()
@@ -183,7 +185,7 @@ class Request:
         """Send status line, headers and body in one call to C; False if nobody is left to answer.
 
         `head` is the status, then any header lines, each after a CRLF: b"200 OK\\r\\nVary: Origin".
-        A `body` of None sends none, and no Content-Length.
+        A `body` of None sends none, and no Content-Length. HEAD gets the head of what GET would get.
         """
         if self.done:
             return False
@@ -191,15 +193,14 @@ class Request:
         server = self._server
         server.pending.pop(self.token, None)
         head += self.head_lines
+        if self.is_head and body is not None:
+            # A body would be taken for the beginning of the next answer.
+            head, body = head + b"\r\nContent-Length: %d" % len(body), None
         data, length = (ffi.NULL, 0) if body is None else (body, len(body))
         lib.socketify_res_cork_send(
             SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining
         )
         return True
-
-    def answer_head(self, head: bytes, body: bytes, content_type: bytes = JSON) -> bool:
-        """Answer HEAD: what GET would send, without its body."""
-        return self.answer(head + b"\r\nContent-Length: %d" % len(body), None, content_type)
 
     def problem(self, problem: Problem) -> bool:
         """Answer with a problem document."""
@@ -315,13 +316,14 @@ class Server:
     There is one per process, since uWebSockets keeps one loop per thread.
     """
 
-    def __init__(self, request_timeout_s: float = 5.0) -> None:
+    def __init__(self, request_timeout_s: float = 5.0, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
         """`request_timeout_s` is the last resort for requests that nobody answers."""
         self.pending: dict[int, Request] = {}
         self.sockets: dict[int, Socket] = {}
         self.draining = False
         self.head_lines = b""
         self._request_timeout_s = request_timeout_s
+        self._body_timeout_s = body_timeout_s
         self._states: dict[int, Any] = {}
         self._callbacks: list[Any] = []
         self._listening: Any = None
@@ -335,11 +337,16 @@ class Server:
         methods = {"GET": lib.uws_app_get, "POST": lib.uws_app_post, "HEAD": lib.uws_app_head}
         for method, handler in handlers.items():
             register = lib.uws_app_any if method == "*" else methods[method]
-            register(SSL, self._app, path.encode(), self._method_callback(handler), ffi.NULL)
+            register(SSL, self._app, path.encode(), self._method_callback(method, handler), ffi.NULL)
 
-    def _method_callback(self, handler: Handler) -> Any:
+    def _method_callback(self, method: str, handler: Handler) -> Any:
+        may_be_head = method in ("HEAD", "*")
+
         def call(res: Any, req: Any, _user_data: Any) -> None:
-            Request(self, res, req)._begin(handler)
+            request = Request(self, res, req)
+            if may_be_head:
+                request.is_head = request.method == "HEAD"
+            request._begin(handler)
 
         return self._keep("void(uws_res_t*, uws_req_t*, void*)", call)
 
@@ -358,8 +365,8 @@ class Server:
         now_s = time.monotonic()
         for request in list(self.pending.values()):
             waited_s = now_s - request.received_s
-            if request.awaits_body and waited_s > BODY_TIMEOUT_S:
-                limit = f"expected the whole body within {BODY_TIMEOUT_S:g} s"
+            if request.awaits_body and waited_s > self._body_timeout_s:
+                limit = f"expected the whole body within {self._body_timeout_s:g} s"
                 request.problem(Problem(408, limit, close=True))
             elif not request.awaits_body and waited_s > self._request_timeout_s:
                 request.fail(TimeoutError(f"no answer within {self._request_timeout_s:g} s"))
