@@ -1,0 +1,173 @@
+"""A server with a route for every way to hurt server.uws; tests/test_uws.py runs it as a child process.
+
+`python -m tests.uws_app PORT [gc]`; with `gc` the collector is forced every few milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+from server import uws
+from server.errors import CloseCode, Problem
+from server.uws import Request, Server, Socket
+
+MAX_BODY_BYTES = 16_384
+MAX_BACKPRESSURE_BYTES = 1 << 20
+TIMEOUT_S = 1.0
+GC_INTERVAL_S = 0.005
+GRACE_S = 5.0
+TOPIC = b"all"
+CHUNK = b"x" * 65_536
+
+
+class Events:
+    """The WebSocket route: text messages are commands, and `seen` remembers what they led to."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.seen: dict[str, Any] = {"drained": 0, "after_close": [], "flooded": []}
+
+    def accept(self, request: Request) -> str:
+        if request.query == "refuse":
+            raise Problem(403, "refused")
+        if request.query == "raise":
+            raise ValueError("accept raises")
+        return request.query
+
+    def opened(self, connection: Socket) -> None:
+        connection.subscribe(TOPIC)
+        if connection.state == "raise-open":
+            raise ValueError("opened raises")
+
+    def received(self, connection: Socket, text: bytes) -> None:
+        command, _, rest = text.partition(b" ")
+        if command == b"echo":
+            connection.send(rest)
+        elif command == b"publish":
+            self.server.publish(TOPIC, rest)
+        elif command == b"leave":
+            connection.unsubscribe(TOPIC)
+        elif command == b"flood":
+            statuses = [int(connection.send(CHUNK)) for _ in range(int(rest))]
+            self.seen["flooded"] = [statuses, connection.buffered_bytes]
+        elif command == b"end":
+            connection.end(CloseCode.POLICY_VIOLATION, b"asked for")
+            self.try_everything(connection)
+        elif command == b"drop":
+            connection.drop()
+            self.try_everything(connection)
+        else:
+            raise ValueError("received raises")
+
+    def drained(self, connection: Socket) -> None:
+        self.seen["drained"] += 1
+
+    def closed(self, connection: Socket) -> None:
+        self.try_everything(connection)
+
+    def try_everything(self, connection: Socket) -> None:
+        """What must be safe on a connection that is gone."""
+        connection.subscribe(TOPIC)
+        connection.unsubscribe(TOPIC)
+        connection.end(CloseCode.GOING_AWAY, b"again")
+        connection.drop()
+        self.seen["after_close"].append([connection.send(b"late").name, connection.buffered_bytes])
+
+
+async def serve(port: int, force_gc: bool) -> int:
+    """Run until SIGTERM."""
+    server = Server(request_timeout_s=TIMEOUT_S, body_timeout_s=TIMEOUT_S)
+    events = Events(server)
+    loop = asyncio.get_running_loop()
+    held: list[Request] = []
+
+    def echo(request: Request) -> None:
+        request.read_body(MAX_BODY_BYTES, lambda request: request.answer(b"200 OK", request.body))
+
+    def raise_behind_body(request: Request) -> None:
+        request.read_body(MAX_BODY_BYTES, raise_at_once)
+
+    def raise_at_once(request: Request) -> None:
+        raise ValueError("a handler raises")
+
+    def raise_problem(request: Request) -> None:
+        raise Problem(400, "a handler refuses", headers=(("Retry-After", "7"),))
+
+    def raise_behind_answer(request: Request) -> None:
+        request.answer(b"200 OK", b'"first"')
+        raise ValueError("a handler raises behind its answer")
+
+    def twice(request: Request) -> None:
+        answered = [request.answer(b"200 OK", b'"first"'), request.answer(b"200 OK", b'"second"')]
+        assert answered == [True, False]
+
+    def later(request: Request) -> None:
+        held.append(request)
+        loop.call_later(float(request.query), request.answer, b"200 OK", b'"late"')
+
+    def later_twice(request: Request) -> None:
+        for _ in range(2):
+            loop.call_later(float(request.query), request.answer, b"200 OK", b'"late"')
+
+    def never(request: Request) -> None:
+        held.append(request)
+
+    def said(request: Request) -> None:
+        fields = {"method": request.method, "query": request.query, "peer": request.peer}
+        fields["header"] = request.header(b"x-test").decode()
+        request.answer(b"200 OK", json.dumps(fields).encode())
+
+    def state(request: Request) -> None:
+        collections = gc.get_stats()[2]["collections"]
+        fields = {"pid": os.getpid(), "collections": collections, "pending": len(server.pending)}
+        fields |= {"sockets": len(server.sockets), "states": len(server._states), **events.seen}
+        request.answer(b"200 OK", json.dumps(fields).encode())
+
+    def unknown(request: Request) -> None:
+        raise Problem(404, "no such path")
+
+    for path, handler in (
+        ("/raise", raise_at_once),
+        ("/problem", raise_problem),
+        ("/raise-behind-answer", raise_behind_answer),
+        ("/twice", twice),
+        ("/later", later),
+        ("/later-twice", later_twice),
+        ("/never", never),
+        ("/said", said),
+        ("/state", state),
+    ):
+        server.route(path, {"GET": handler, "HEAD": handler})
+    server.route("/echo", {"POST": echo})
+    server.route("/raise-behind-body", {"POST": raise_behind_body})
+    server.websocket(
+        "/ws",
+        events,
+        max_message_bytes=1024,
+        max_backpressure_bytes=MAX_BACKPRESSURE_BYTES,
+        idle_timeout_s=8,
+    )
+    server.route("/*", {"*": unknown})
+    server.listen("127.0.0.1", port)
+    if force_gc:
+        gc.set_threshold(10)
+
+        def collect() -> None:
+            gc.collect()
+            loop.call_later(GC_INTERVAL_S, collect)
+
+        collect()
+    await uws.stop_signal()
+    await server.drain(GRACE_S)
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    uws.run(serve(int(sys.argv[1]), "gc" in sys.argv))
