@@ -64,7 +64,7 @@ def new_consumer(settings: Settings, group: str, on_error: Callable[[KafkaError]
             "enable.auto.commit": False,
             "session.timeout.ms": 10_000,
             "auto.offset.reset": "error",
-            "fetch.wait.max.ms": 10,
+            "fetch.wait.max.ms": 100,
             "queued.max.messages.kbytes": 4096,
             "topic.metadata.refresh.interval.ms": 10_000,
         }

@@ -17,11 +17,11 @@ import psycopg
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from server.config import Settings
-from server.events import PERSISTER_GROUP, BadEvent, check_format, decode_event
+from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, check_format, decode_event
 from sync.dead_letters import DeadLetters
 from sync.kafka import new_consumer
 from sync.placement import check_topic, first_offset
-from sync.store import Batch, Store
+from sync.store import Store
 from sync.topics import Topic, look_up
 from sync.waiting import Outage, Stop
 
@@ -125,33 +125,33 @@ class Persister:
 
     def _settle(self, records: list[Any]) -> None:
         """Store what can be stored, put aside what cannot, then move the offsets."""
-        batch, rows, refused = self._sort(records)
+        events, rows, refused = self._sort(records)
         if not rows and not refused:
             return
         next_offsets = {record.partition(): record.offset() + 1 for record in records if record.error() is None}
         self._put_aside(refused)
         try:
-            self._persist(batch, next_offsets)
+            self._persist(events, next_offsets)
         except (psycopg.DataError, psycopg.IntegrityError):
-            self._persist_what_can_be(batch, rows)
-            self._persist(Batch(), next_offsets)
+            self._persist_what_can_be(events, rows)
+            self._persist([], next_offsets)
         self._commit(next_offsets)
 
-    def _sort(self, records: list[Any]) -> tuple[Batch, list[Message], list[tuple[Message, str]]]:
+    def _sort(self, records: list[Any]) -> tuple[list[ScoreEvent], list[Message], list[tuple[Message, str]]]:
         """The events, the records they came from, and the records that hold none, with the reason."""
-        batch, rows, refused = Batch(), [], []
+        events, rows, refused = [], [], []
         for record in records:
             if record.error() is not None:
                 self._heed(record.error())
                 continue
             try:
                 check_format(record.headers())
-                batch.add(decode_event(record.value()))
+                events.append(decode_event(record.value()))
             except BadEvent as error:
                 refused.append((record, str(error)))
             else:
                 rows.append(record)
-        return batch, rows, refused
+        return events, rows, refused
 
     def _heed(self, error: KafkaError) -> None:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
@@ -162,23 +162,23 @@ class Persister:
         else:
             self._kafka_outage.failed(error)
 
-    def _persist(self, batch: Batch, next_offsets: dict[int, int]) -> None:
+    def _persist(self, events: list[ScoreEvent], next_offsets: dict[int, int]) -> None:
         persist = self._store.persist
         name, topic_id = self._settings.kafka_topic, self._topic.topic_id
-        done = self._through_outages(lambda: persist(batch, name, topic_id, next_offsets))
+        done = self._through_outages(lambda: persist(events, name, topic_id, next_offsets))
         self.persisted_events += done.new_events
 
-    def _persist_what_can_be(self, batch: Batch, rows: list[Message]) -> None:
+    def _persist_what_can_be(self, events: list[ScoreEvent], rows: list[Message]) -> None:
         """Halve a batch the database refuses until what it refuses stands alone, and put that aside."""
         try:
-            self._persist(batch, {})
+            self._persist(events, {})
         except (psycopg.DataError, psycopg.IntegrityError) as error:
-            if len(batch) == 1:
+            if len(events) == 1:
                 self._put_aside([(rows[0], str(error))])
                 return
-            half = len(batch) // 2
-            self._persist_what_can_be(batch.part(slice(half)), rows[:half])
-            self._persist_what_can_be(batch.part(slice(half, None)), rows[half:])
+            half = len(events) // 2
+            self._persist_what_can_be(events[:half], rows[:half])
+            self._persist_what_can_be(events[half:], rows[half:])
 
     def _put_aside(self, refused: list[tuple[Message, str]]) -> None:
         self._through_outages(lambda: self._dead_letters.keep(refused, CONFIRM_WITHIN_S))
