@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 from server.errors import ConfigError
 
@@ -242,4 +242,4 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
             faults.append(f"JWT_SECRET_FILE: expected a file with {MIN_SECRET_BYTES} bytes or more: {error}")
     if faults:
         raise ConfigError("\n".join(faults))
-    return cast(Settings, Settings(**values))
+    return Settings(**values)

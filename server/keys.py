@@ -35,12 +35,13 @@ class BoardKeys:
 class Keys:
     """The keys that all boards of one deployment share, and the way to each board's own."""
 
-    __slots__ = ("_boards", "_prefix", "_ratelimit_prefix", "outbox", "ready", "rebuild_lock", "relay_lease")
+    __slots__ = ("_boards", "_prefix", "outbox", "ratelimit", "ready", "rebuild_lock", "relay_lease")
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix
         self._boards: dict[str, BoardKeys] = {}
-        self._ratelimit_prefix = f"{prefix}ratelimit:"
+        # A number is appended by the script: one hash per span of time, subject to theoretical arrival time in µs.
+        self.ratelimit = f"{prefix}ratelimit:"
         self.outbox = f"{prefix}outbox"
         self.ready = f"{prefix}scoreboard:ready"
         self.rebuild_lock = f"{prefix}scoreboard:rebuild-lock"
@@ -52,10 +53,6 @@ class Keys:
         if keys is None:
             keys = self._boards[name] = BoardKeys(self._prefix, name)
         return keys
-
-    def ratelimit(self, subject: str) -> str:
-        """Theoretical arrival time (GCRA) of one subject, in µs of the Redis clock."""
-        return self._ratelimit_prefix + encode_id(subject)
 
     def session(self, session_id: str) -> str:
         """Number and reply of the last batch of one server's session."""

@@ -269,7 +269,7 @@ class Live:
 
     def _tick(self) -> None:
         """Once a second: close who lags for too long, and never show a stale board as if it were live."""
-        for watcher in self._hub.overdue(_now_ms()):
+        for watcher in self._hub.overdue(int(_now_ms())):
             watcher.connection.end(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
             watcher.connection.drop()
         oldest_ms = self._scores.outbox_oldest_ms

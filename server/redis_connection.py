@@ -21,7 +21,8 @@ CONNECT_TIMEOUT_S: Final = 1.0
 OnReply = Callable[[Any], None]
 """Takes what Redis said: bytes, int, list or None, a hiredis.ReplyError, or ConnectionError when it never came."""
 
-pack = hiredis.pack_command
+pack: Final = cast(Callable[[tuple[bytes | str | int, ...]], bytes], hiredis.pack_command)
+"""A command as it goes over the wire."""
 
 
 class RedisConnection(asyncio.Protocol):

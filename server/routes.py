@@ -178,7 +178,7 @@ class Routes:
 
     async def _readyz(self, request: Request) -> None:
         scores, live = self.scores, self.live
-        write = {"ok": scores.epoch is not None and not scores.outbox_full}
+        write: dict[str, Any] = {"ok": scores.epoch is not None and not scores.outbox_full}
         if not write["ok"]:
             write["detail"] = scores.reason or "the outbox is full: is the relay or Kafka down?"
         read: dict[str, Any] = {"ok": True, "source": "redis"}

@@ -35,7 +35,6 @@ DISTRUST_INTERVAL_S: Final = 5.0
 """Least time between two rebuilds because of damage: one that does not mend it must not be repeated in a loop."""
 
 _SCRIPT: Final = Path(__file__).with_name("apply_updates.lua").read_bytes()
-_STRIDE: Final = 5
 _APPLIED: Final = 0
 _COLD: Final = 1
 
@@ -75,18 +74,40 @@ class _Batch:
         self.sent_again = False
 
 
+class _Updates:
+    """Updates in columns, as the script takes them; place i of each column is one update."""
+
+    __slots__ = ("deltas", "players", "score_keys", "subjects", "waiters", "which")
+
+    def __init__(self) -> None:
+        self.waiters: list[Any] = []
+        self.players: list[str] = []
+        self.score_keys: list[str] = []
+        self.deltas: list[int] = []
+        self.subjects: list[str] = []
+        self.which: list[int] = []
+
+    def split(self, count: int) -> _Updates:
+        """Take the first `count` away."""
+        first = _Updates()
+        for column in self.__slots__:
+            values = getattr(self, column)
+            setattr(first, column, values[:count])
+            del values[:count]
+        return first
+
+
 class _Lane:
     """The updates of one board: those in flight, and those that wait for the next batch."""
 
-    __slots__ = ("fields", "in_flight", "keys", "number", "session", "waiters")
+    __slots__ = ("in_flight", "keys", "number", "session", "waiting")
 
     def __init__(self, keys: BoardKeys, session: str) -> None:
         self.keys = keys
         self.session = session
         self.number = 0
         self.in_flight: _Batch | None = None
-        self.waiters: list[Any] = []
-        self.fields: list[str | int] = []
+        self.waiting = _Updates()
 
 
 class _Page:
@@ -145,7 +166,8 @@ class Scores:
         self._on_problem = on_problem
         self._on_page = on_page
         self._deadline_s = settings.request_deadline_ms / 1000
-        self._limits = _limits(settings)
+        self._rules = _rules(settings)
+        self._span_us = max(1_000_000, *(window_us for _, window_us in self._rules))
         self._connection: RedisConnection | None = None
         self._lost = asyncio.Event()
         self._away_since_s = time.monotonic()
@@ -170,7 +192,7 @@ class Scores:
     def submit(self, board: str, player: str, delta: int, subject: str, limit: int, waiter: Waiter) -> None:
         """Apply one change; `on_outcome` or `on_problem` will be called once with `waiter`.
 
-        `limit` says which limit counts for `subject`: 0 none, 1 that of players, 2 that of game servers.
+        `limit` says which rule counts for `subject`: 1 that of players, 2 that of game servers.
         """
         if self.epoch is None and time.monotonic() - self._away_since_s > self._deadline_s:
             self._on_problem(waiter, not_applied(self.reason))
@@ -183,11 +205,13 @@ class Scores:
         if lane is None:
             session = self._keys.session(f"{self._server_id}.{board}")
             lane = self._lanes[board] = _Lane(self._keys.board(board), session)
-        if not self._limits[limit][0]:
-            limit = 0
-        key = self._keys.ratelimit(subject) if limit else ""
-        lane.waiters.append(waiter)
-        lane.fields += (player, lane.keys.score(player), delta, key, limit)
+        updates = lane.waiting
+        updates.waiters.append(waiter)
+        updates.players.append(player)
+        updates.score_keys.append(lane.keys.score(player))
+        updates.deltas.append(delta)
+        updates.subjects.append(subject)
+        updates.which.append(limit if self._rules[limit - 1][0] else 0)
         if lane.in_flight is None:
             self._schedule_flush()
 
@@ -232,25 +256,42 @@ class Scores:
         if self.epoch is None:
             return
         for lane in self._lanes.values():
-            if lane.waiters and lane.in_flight is None:
+            if lane.waiting.waiters and lane.in_flight is None:
                 self._send_batch(lane)
         for page in self._pages.values():
             if page.waiters and not page.in_flight:
                 self._send_read(page)
 
     def _send_batch(self, lane: _Lane) -> None:
-        waiters, fields = lane.waiters[:MAX_BATCH], lane.fields[: MAX_BATCH * _STRIDE]
-        lane.waiters, lane.fields = lane.waiters[MAX_BATCH:], lane.fields[MAX_BATCH * _STRIDE :]
+        updates, lane.waiting = lane.waiting, _Updates()
+        if len(updates.waiters) > MAX_BATCH:
+            lane.waiting, updates = updates, updates.split(MAX_BATCH)
         lane.number += 1
-        keys = self._keys
-        board, limits = lane.keys, self._limits[1:]  # Lua counts from 1, and 0 stands for none
-        argument = _encode(
-            (keys.ready, lane.session, board.leaderboard, board.name, self.epoch, lane.number, limits, fields)
-        )
-        lane.in_flight = _Batch(pack((b"EVALSHA", self._sha, 1, keys.outbox, argument)), waiters)
+        argument = _encode(self._arguments(lane, updates))
+        command = pack((b"EVALSHA", self._sha, 1, self._keys.outbox, argument))
+        lane.in_flight = _Batch(command, updates.waiters)
         self.batches += 1
-        self.batched_updates += len(waiters)
+        self.batched_updates += len(updates.waiters)
         self._send(lane, lane.in_flight)
+
+    def _arguments(self, lane: _Lane, updates: _Updates) -> tuple[Any, ...]:
+        """What apply_updates.lua says it takes."""
+        keys, board = self._keys, lane.keys
+        limits: tuple[Any, ...] = ()
+        if any(updates.which):
+            limits = (keys.ratelimit, self._span_us, self._rules, updates.subjects, updates.which)
+        return (
+            keys.ready,
+            lane.session,
+            board.leaderboard,
+            board.name,
+            self.epoch,
+            lane.number,
+            updates.players,
+            updates.score_keys,
+            updates.deltas,
+            limits,
+        )
 
     def _send(self, lane: _Lane, batch: _Batch) -> None:
         assert self._connection is not None
@@ -273,7 +314,7 @@ class Scores:
             self._refuse(batch, "Redis was emptied or replaced, and is being verified")
             if state == _COLD:
                 self._suspect("Redis has no scoreboard of this epoch")
-        if lane.waiters:
+        if lane.waiting.waiters:
             self._schedule_flush()
 
     def _report(self, waiters: list[Any], results: list[int]) -> None:
@@ -421,12 +462,11 @@ class Scores:
             for waiter in batch.waiters:
                 self._on_problem(waiter, problem)
             self._suspect("Redis did not answer in time")
-        late = 0
-        while late < len(lane.waiters) and lane.waiters[late].received_s < expired_s:
-            self._on_problem(lane.waiters[late], not_applied(self.reason or "Redis is slow"))
+        waiters, late = lane.waiting.waiters, 0
+        while late < len(waiters) and waiters[late].received_s < expired_s:
             late += 1
-        if late:
-            del lane.waiters[:late], lane.fields[: late * _STRIDE]
+        for waiter in lane.waiting.split(late).waiters if late else ():
+            self._on_problem(waiter, not_applied(self.reason or "Redis is slow"))
 
     def _sweep_page(self, page: _Page, expired_s: float) -> None:
         """Send readers to the database while there is time left to ask it."""
@@ -440,10 +480,9 @@ class Scores:
             self._on_page(waiter, None)
 
 
-def _limits(settings: Settings) -> list[tuple[int, int]]:
-    """[none, players, game servers] as GCRA's (emission interval, window) in µs; (0, 0) is no limit."""
+def _rules(settings: Settings) -> list[tuple[int, int]]:
+    """GCRA's (emission interval, window) in µs: that of players and that of game servers; (0, 0) is no limit."""
     rates = (
-        (0.0, 0),
         (settings.rate_limit_per_second, settings.rate_limit_burst),
         (settings.rate_limit_writers_per_second, settings.rate_limit_writers_burst),
     )

@@ -446,15 +446,15 @@ class Server:
         Raises UwsError when the port is taken. `shared` lets several processes listen on it (SO_REUSEPORT).
         """
 
-        @ffi.callback("void(struct us_listen_socket_t*, uws_app_listen_config_t, void*)")
         def listening(listen_socket: Any, _config: Any, _user_data: Any) -> None:
             self._listening = listen_socket or None
 
+        callback = self._keep("void(struct us_listen_socket_t*, uws_app_listen_config_t, void*)", listening)
         config = ffi.new("uws_app_listen_config_t *")
         address = ffi.new("char[]", host.encode())
         config.host, config.port = address, port
         config.options = SHARED_PORT if shared else EXCLUSIVE_PORT
-        lib.uws_app_listen_with_config(SSL, self._app, config[0], listening, ffi.NULL)
+        lib.uws_app_listen_with_config(SSL, self._app, config[0], callback, ffi.NULL)
         if self._listening is None:
             raise UwsError(f"cannot listen on {host}:{port}: taken by another process, or no address of this machine")
         descriptor = _poll(_token(self._listening))
@@ -483,25 +483,28 @@ _running: list[Server] = []
 """The server of this process: what the two callbacks below look requests up in."""
 
 
-@ffi.callback("void(uws_res_t*, void*)", onerror=_report)
-def _on_aborted(_res: Any, user_data: Any) -> None:
+def _aborted(_res: Any, user_data: Any) -> None:
     request = _running[-1].pending.pop(_token(user_data), None)
     if request is not None:
         request.forget()
 
 
-@ffi.callback("void(uws_res_t*, const char*, size_t, bool, void*)", onerror=_report)
-def _on_data(_res: Any, chunk: Any, length: int, last: bool, user_data: Any) -> None:
+def _data(_res: Any, chunk: Any, length: int, last: bool, user_data: Any) -> None:
     request = _running[-1].pending.get(_token(user_data))
     if request is not None:  # a late chunk of a request that has its answer finds nothing
         request._receive(_copy(chunk, length), last)
+
+
+_on_aborted: Final = ffi.callback("void(uws_res_t*, void*)", _aborted, onerror=_report)
+_on_data: Final = ffi.callback("void(uws_res_t*, const char*, size_t, bool, void*)", _data, onerror=_report)
 
 
 def _adopt(loop: asyncio.AbstractEventLoop) -> None:
     """Make uWebSockets run on uvloop's loop."""
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    lib.uws_get_loop_with_native(ffi.cast("void *", pointer(uvloop.loop.libuv_get_loop_t_ptr(loop), None)))
+    capsule = uvloop.loop.libuv_get_loop_t_ptr(loop)  # type: ignore[attr-defined] # its stubs leave it out
+    lib.uws_get_loop_with_native(_user_data(pointer(capsule, None)))
 
 
 def run(main: Coroutine[Any, Any, int]) -> NoReturn:

@@ -24,6 +24,7 @@ EPOCH = "7"
 
 # An interval so long that no time passes within a test.
 LIMITS = [(10**9, 3), (10**9, 8)]
+SPAN_US = 8 * 10**9
 
 PLAYERS = ["ann", "bob", "Ζωή", "a:b", "a%3Ab", "100%", 'q"\\', "x" * 128]
 deltas = st.one_of(
@@ -52,14 +53,27 @@ class Session:
     def send(self, batch: list[Update], *, number: int | None = None, epoch: str = EPOCH) -> list[int]:
         if number is None:
             self.number = number = self.number + 1
-        fields: list[str | int] = []
-        for update in batch:
-            limit_key = self.keys.ratelimit(update.subject) if update.limit else ""
-            fields += (update.player, self.board.score(update.player), update.delta, limit_key, update.limit)
-        limits = [(interval, interval * burst) for interval, burst in LIMITS]
-        argument = msgspec.msgpack.encode(
-            (self.keys.ready, self.session, self.board.leaderboard, self.board.name, epoch, number, limits, fields)
+        rules = [(interval, interval * burst) for interval, burst in LIMITS]
+        limits = (
+            self.keys.ratelimit,
+            SPAN_US,
+            rules,
+            [update.subject for update in batch],
+            [update.limit for update in batch],
         )
+        arguments = (
+            self.keys.ready,
+            self.session,
+            self.board.leaderboard,
+            self.board.name,
+            epoch,
+            number,
+            [update.player for update in batch],
+            [self.board.score(update.player) for update in batch],
+            [update.delta for update in batch],
+            limits if any(update.limit for update in batch) else (),
+        )
+        argument = msgspec.msgpack.encode(arguments)
         return msgspec.msgpack.decode(self.script(keys=[self.keys.outbox], args=[argument]))
 
     def outcomes(self, batch: list[Update]) -> list[tuple[int, int]]:
@@ -83,6 +97,10 @@ class Session:
             for entry_id, fields in entries
             for event in events_of_entry(entry_id.decode(), fields[OUTBOX_FIELD])
         ]
+
+    def limited(self) -> set[str]:
+        spans = self.client.keys(f"{self.keys.ratelimit}*")
+        return {subject.decode() for span in spans for subject in self.client.hkeys(span)}
 
     def everything(self) -> dict[bytes, bytes]:
         return {key: self.client.dump(key) for key in self.client.keys("*")}
@@ -108,8 +126,7 @@ def test_any_batches_do_what_the_model_does(redis: redis_client.Redis, batches: 
     assert session.ranking() == model.ranking()
     assert {player: session.score(player) for player in model.scores} == model.scores
     assert session.events() == model.events
-    limited = {key.decode() for key in redis.keys("ratelimit:*")}
-    assert limited == {session.keys.ratelimit(subject) for subject in model.spent}
+    assert session.limited() == model.spent.keys()
 
 
 @hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
@@ -203,12 +220,6 @@ def test_wrong_type_elsewhere_fails_before_anything_is_written(session: Session,
     assert session.everything() == before
 
 
-def test_wrong_type_under_a_limit_counts_for_none_and_is_replaced(session: Session) -> None:
-    session.client.sadd(session.keys.ratelimit("s1"), "wrong")
-    assert session.outcomes([add("ann", 1, "s1", 1)]) == [(Outcome.APPLIED, 1)]
-    assert session.client.get(session.keys.ratelimit("s1"))
-
-
 def test_batch_refused_for_lack_of_memory_leaves_nothing_behind(session: Session) -> None:
     session.outcomes([add("ann", 5)])
     before = session.everything()
@@ -243,19 +254,34 @@ def test_boards_keep_scores_of_their_own(redis: redis_client.Redis) -> None:
     assert (main.ranking(), weekly.ranking()) == ([("ann", 1)], [("ann", 10)])
 
 
-def test_clock_set_back_locks_nobody_out_for_longer_than_the_window(session: Session) -> None:
-    interval_us, burst = LIMITS[0]
-    session.client.set(session.keys.ratelimit("s1"), 2**53)
-    (outcome, wait_us) = session.outcomes([add("ann", 1, "s1", 1)])[0]
-    assert outcome == Outcome.LIMITED
-    assert wait_us == interval_us
-    assert wait_us < interval_us * burst
+def span_of(session: Session, offset: int) -> str:
+    seconds, microseconds = session.client.time()
+    return f"{session.keys.ratelimit}{(seconds * 1_000_000 + microseconds) // SPAN_US + offset}"
 
 
-def test_limits_expire_by_themselves(session: Session) -> None:
+def test_arrival_too_far_ahead_locks_nobody_out_for_longer_than_the_window(session: Session) -> None:
+    interval_us, _ = LIMITS[0]
+    session.client.hset(span_of(session, 0), "s1", 2**53)
+    assert session.outcomes([add("ann", 1, "s1", 1)]) == [(Outcome.LIMITED, interval_us)]
+
+
+def test_clock_set_back_forgets_limits(session: Session) -> None:
+    session.client.hset(span_of(session, 1), "s1", 2**53)
+    assert session.outcomes([add("ann", 1, "s1", 1)]) == [(Outcome.APPLIED, 1)]
+
+
+def test_limit_spent_in_the_last_span_still_counts(session: Session) -> None:
+    session.outcomes([add("ann", 1, "s1", 1)] * 3)
+    session.client.rename(span_of(session, 0), span_of(session, -1))
+    assert session.outcomes([add("ann", 1, "s1", 1)])[0][0] == Outcome.LIMITED
+
+
+def test_limits_are_freed_after_three_spans(session: Session) -> None:
+    session.client.hset(span_of(session, -2), "s1", 1)
     session.outcomes([add("ann", 1, "s1", 1)])
-    interval_ms = LIMITS[0][0] // 1000
-    assert 0 < session.client.pttl(session.keys.ratelimit("s1")) <= interval_ms
+    assert session.limited() == {"s1"}
+    assert session.client.exists(span_of(session, -2)) == 0
+    assert 0 < session.client.pttl(span_of(session, 0)) <= 3 * SPAN_US // 1000
 
 
 def test_batch_without_an_accepted_update_leaves_no_event(session: Session) -> None:
