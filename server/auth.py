@@ -33,6 +33,9 @@ _BROKEN = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 # No player's name holds these: they would pass for line ends in logs and terminals.
 CONTROL_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
+# JSON may spell half a surrogate pair, which no encoding can write: Redis would never get to see that batch.
+_NO_SUBJECT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 class Caller(NamedTuple):
     """A verified token. `is_writer`: its scope lets it write every player. `expires_s` is Unix time."""
@@ -56,13 +59,14 @@ class Authenticator:
         """Raises ConfigError when a key for one of the allowed algorithms is missing."""
         self._settings = settings
         self._secrets = [secret for secret in (settings.jwt_secret, settings.jwt_secret_previous) if secret]
-        self._public_keys = dict(_public_keys(settings))
+        self._public_keys: dict[str, dict[str, Any]] = {}
         self._callers: dict[bytes, Caller] = {}
+        public_keys = list(_public_keys(settings))
         for algorithm in settings.jwt_algorithms:
-            if algorithm.startswith("HS") and not self._secrets:
-                raise ConfigError(f"JWT_SECRET: expected a secret of at least 32 bytes for {algorithm}, got none")
-            if not algorithm.startswith("HS") and not self._public_keys:
-                raise ConfigError(f"JWT_PUBLIC_KEY or JWT_JWKS_FILE: expected a key for {algorithm}, got none")
+            if algorithm.startswith("HS"):
+                self._check_secrets(algorithm)
+            else:
+                self._public_keys[algorithm] = _fitting(algorithm, public_keys)
 
     def caller(self, authorization: bytes) -> Caller:
         """Who sent this Authorization header.
@@ -83,6 +87,12 @@ class Authenticator:
     def may_write(self, caller: Caller, player: str) -> bool:
         """Whether `caller` may change the score of `player`."""
         return caller.subject == player or caller.is_writer or self._settings.write_policy == "any"
+
+    def _check_secrets(self, algorithm: str) -> None:
+        shortest, needed = min(map(len, self._secrets), default=0), int(algorithm[2:]) // 8
+        if shortest < needed:
+            # RFC 7518, section 3.2: a key of the hash's size or larger.
+            raise ConfigError(f"JWT_SECRET: expected at least {needed} bytes for {algorithm}, got {shortest or 'none'}")
 
     def _verify(self, authorization: bytes) -> Caller:
         scheme, _, token = authorization.partition(b" ")
@@ -119,18 +129,21 @@ class Authenticator:
         """Secrets never meet RS or ES tokens, nor public keys HS tokens: no key can be taken for another kind."""
         if algorithm.startswith("HS"):
             return list(self._secrets)
-        if kid is not None and kid in self._public_keys:
-            return [self._public_keys[kid]]
-        return list(self._public_keys.values())
+        keys = self._public_keys[algorithm]
+        if kid is not None and kid in keys:
+            return [keys[kid]]
+        return list(keys.values())
 
     def _claims_to_caller(self, claims: dict[str, Any]) -> Caller:
-        subject, expires_s, scope = claims["sub"], float(claims["exp"]), claims.get("scope", ())
-        if not 1 <= len(subject) <= MAX_SUBJECT or CONTROL_CHARACTERS.search(subject):
+        subject, expires_s, scope = claims["sub"], claims["exp"], claims.get("scope", "")
+        if not 1 <= len(subject) <= MAX_SUBJECT or _NO_SUBJECT.search(subject):
             raise ValueError(f"expected a sub of 1 to {MAX_SUBJECT} characters, none of them control characters")
-        if not math.isfinite(expires_s):
+        if not isinstance(expires_s, int | float) or not math.isfinite(expires_s):
             raise ValueError("expected an exp in seconds")
         scopes = scope.split() if isinstance(scope, str) else scope
-        return Caller(subject, WRITE_SCOPE in scopes, expires_s)
+        if not isinstance(scopes, list):
+            raise ValueError("expected a scope that is text or a list")
+        return Caller(subject, WRITE_SCOPE in scopes, float(expires_s))
 
 
 def _reason(error: BaseException) -> str:
@@ -145,11 +158,31 @@ def _public_keys(settings: Settings) -> Iterator[tuple[str, Any]]:
         yield "", settings.jwt_public_key
     if settings.jwt_jwks_file:
         try:
-            jwks = jwt.PyJWKSet.from_dict(json.loads(Path(settings.jwt_jwks_file).read_text()))
+            jwks = json.loads(Path(settings.jwt_jwks_file).read_text())
+            if not isinstance(jwks, dict):
+                raise ValueError("not a JSON object")
+            keys = jwt.PyJWKSet.from_dict(jwks).keys
         except (OSError, ValueError, jwt.PyJWTError) as error:
             raise ConfigError(f"JWT_JWKS_FILE: expected a file with a JWK set (RFC 7517): {error}") from error
-        for number, jwk in enumerate(jwks.keys):
+        for number, jwk in enumerate(keys):
             yield jwk.key_id or f"#{number}", jwk.key
+
+
+def _fitting(algorithm: str, keys: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Those of the keys that `algorithm` can use, by their `kid`: a set may hold RSA and EC keys side by side.
+
+    Raises ConfigError if there are none.
+    """
+    fitting = {}
+    why = "got none"
+    for kid, key in keys:
+        try:
+            fitting[kid] = jwt.get_algorithm_by_name(algorithm).prepare_key(key)
+        except (jwt.PyJWTError, ValueError, TypeError) as error:
+            why = f"none fits: {error}"
+    if not fitting:
+        raise ConfigError(f"JWT_PUBLIC_KEY or JWT_JWKS_FILE: expected a key for {algorithm}, {why}")
+    return fitting
 
 
 def issue(secret: bytes, subject: str, *, algorithm: str = "HS256", ttl_s: int = 3600, scope: str = "") -> str:
