@@ -210,12 +210,16 @@ class ClientAddress:
         return bool(self._trusted)
 
     def of(self, peer: str, forwarded_for: str = "") -> str:
-        """The last address in the chain that is not a trusted proxy; of IPv6 the /64 that one customer gets."""
+        """The last address in the chain that is not a trusted proxy; of IPv6 the /64 that one customer gets.
+
+        A hop that is no address ends the chain, for whoever wrote what stands before it cannot be told.
+        """
         address = _address(peer)
         for hop in reversed(forwarded_for.split(",")):
-            if address is None or not any(address in network for network in self._trusted):
+            previous = _address(hop.strip())
+            if previous is None or address is None or not any(address in network for network in self._trusted):
                 break
-            address = _address(hop.strip()) or address
+            address = previous
         if address is None:
             return peer
         if address.version == 6:
