@@ -10,35 +10,32 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import http.client
 import json
 import os
 import secrets
-import shlex
 import signal
 import socket
 import sys
 import time
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import confluent_kafka
-import jwt
 import psycopg
 import redis
 
-from server import config
+from server import config, dev_screen
 from server.config import Settings
 from server.demo import PLAYERS, DemoPlayers
+from server.dev_screen import signing_algorithm, token
 from server.embedded import ADDRESS, MockKafka, PostgresServer, RedisServer, Service, ServiceError, free_port
 from server.errors import ScoreboardError
 from server.keys import Keys
 from server.supervisor import Child, Supervisor, alive, ended
 
-EXAMPLE_PLAYER: Final = "player123"
-TOKEN_TTL_S: Final = 30 * 24 * 3600
 READY_WITHIN_S: Final = 60.0
 DRAIN_WITHIN_S: Final = 8.0
 LOCK_WITHIN_S: Final = 15.0
@@ -139,8 +136,8 @@ class Development:
         self.supervisor.children += [self._server, self._sync]
         self.supervisor.start()
         self._wait_until_ready()
-        if demo and self._can_sign:
-            self._demo = DemoPlayers(self._host, self.settings.port, self._token)
+        if demo and signing_algorithm(self.settings):
+            self._demo = DemoPlayers(self._host, self.settings.port, functools.partial(token, self.settings))
             self._demo.start()
         _say(self._screen())
 
@@ -156,7 +153,7 @@ class Development:
             raise DevError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
 
     def _choose_secret(self) -> None:
-        if self.settings.jwt_secret is None and self._algorithm:
+        if self.settings.jwt_secret is None and signing_algorithm(self.settings):
             self._environ["JWT_SECRET"] = _kept_secret(self._data / "jwt-secret")
 
     def _start_stores(self, lock: int) -> None:
@@ -266,63 +263,23 @@ class Development:
             return str(error).strip()
         return f"{behind} events in Kafka" if behind else ""
 
-    # ------------------------------------------------------------------ what the screen says
-
     @property
     def _host(self) -> str:
         """Where to reach a server that may listen on every address."""
         return {"0.0.0.0": ADDRESS, "::": "::1"}.get(self.settings.host, self.settings.host)  # noqa: S104
 
-    @property
-    def _algorithm(self) -> str:
-        """The algorithm to sign with; empty when the server takes none that a shared secret can sign."""
-        return next((name for name in self.settings.jwt_algorithms if name.startswith("HS")), "")
-
-    @property
-    def _can_sign(self) -> bool:
-        return bool(self._algorithm and self.settings.jwt_secret)
-
-    def _token(self, subject: str) -> str:
-        assert self.settings.jwt_secret is not None
-        now_s = int(time.time())
-        claims: dict[str, Any] = {"sub": subject, "iat": now_s, "exp": now_s + TOKEN_TTL_S}
-        if self.settings.jwt_audience:
-            claims["aud"] = self.settings.jwt_audience
-        if self.settings.jwt_issuer:
-            claims["iss"] = self.settings.jwt_issuer
-        return jwt.encode(claims, self.settings.jwt_secret, algorithm=self._algorithm)
-
     def _screen(self) -> str:
         settings = self.settings
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        url = f"http://{host}:{settings.port}"
-        redis_at, kafka_at = f"{settings.redis_host}:{settings.redis_port}", settings.kafka_brokers
         rows = [
-            ("server", url, self._log_of(self._server)),
-            ("sync", "relay and persister", self._log_of(self._sync)),
-            ("Redis", redis_at, self._log_of(self._redis)),
-            ("Kafka", kafka_at, "embedded, in memory" if self._kafka else "yours"),
-            ("PostgreSQL", _without_password(settings.database_url), self._log_of(self._postgres)),
+            ("sync", "relay and persister", _log_of(self._sync)),
+            ("Redis", f"{settings.redis_host}:{settings.redis_port}", _log_of(self._redis)),
+            ("Kafka", settings.kafka_brokers, "embedded, in memory" if self._kafka else "yours"),
+            ("PostgreSQL", dev_screen.without_password(settings.database_url), _log_of(self._postgres)),
             ("players", f"{len(PLAYERS)}, for demonstration" if self._demo else "none", "--no-demo: none"),
         ]
-        wide = max(len(where) for _, where, _ in rows)
-        lines = ["", f"The scoreboard is live: {url}/", ""]
-        lines += [f"  {what:<12}{where:<{wide}}  {remark}" for what, where, remark in rows]
-        lines += ["", "Servers of your own instead: REDIS_HOST and REDIS_PORT, KAFKA_BROKERS, DATABASE_URL.", ""]
-        lines += self._curl(url)
-        lines += [f"Ctrl-C stops everything. The board is kept in {self._data}.", ""]
-        return "\n".join(lines)
-
-    def _curl(self, url: str) -> list[str]:
-        if not self._can_sign:
-            return ["No token is shown, for JWT_ALGORITHMS has none that a shared secret can sign.", ""]
-        body = json.dumps({"playerId": EXAMPLE_PLAYER, "scoreDelta": 5})
-        headers = (f"Authorization: Bearer {self._token(EXAMPLE_PLAYER)}", "Content-Type: application/json")
-        words = ["curl", f"{url}/update-score", *(word for header in headers for word in ("-H", header)), "-d", body]
-        return [f"Play as {EXAMPLE_PLAYER}:", "", shlex.join(words), ""]
-
-    def _log_of(self, child: Child | None) -> str:
-        return f"log {os.path.relpath(child.log)}" if child and child.log else "yours"
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        url = f"http://{host}:{settings.port}"
+        return dev_screen.screen(url, [("server", url, _log_of(self._server)), *rows], settings, self._data)
 
 
 @contextlib.contextmanager
@@ -382,11 +339,8 @@ def _unpersisted(settings: Settings) -> int:
     return sum(ends) - (row[0] if row else 0)
 
 
-def _without_password(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    if parts.password is None:
-        return url
-    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":…@")).geturl()
+def _log_of(child: Child | None) -> str:
+    return f"log {os.path.relpath(child.log)}" if child and child.log else "yours"
 
 
 def _say(text: str) -> None:

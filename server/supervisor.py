@@ -236,8 +236,11 @@ class Supervisor:
         return 0
 
     def _launch(self, child: Child) -> None:
-        if not child.running:
-            child.launch()
+        try:
+            if not child.running:
+                child.launch()
+        except OSError as error:  # no process or no file left on this machine: there may be, later
+            _log.error("%s cannot be started: %s", child.name, error)
         self._started_at[child.name] = time.monotonic()
 
     def _restart(self, child: Child, now: float) -> None:
