@@ -43,6 +43,7 @@ class Persister:
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
         self.persisted_events = 0
+        self.outages = 0
         self._settings = settings
         self._stop = stop
         self._store = Store(settings.database_url)
@@ -205,6 +206,7 @@ class Persister:
                 break
             if not paused:
                 paused = True
+                self.outages += 1
                 self._consumer.pause(self._consumer.assignment())
             self._poll_for(delay_s)
         self._database_outage.over()

@@ -53,6 +53,7 @@ class Relay:
     def __init__(self, settings: Settings, stop: Stop) -> None:
         self.relayed_events = 0
         self.dead_letters = 0
+        self.turns_lost = 0
         self._settings = settings
         self._stop = stop
         self._redis_outage = Outage("Redis", _log)
@@ -224,6 +225,7 @@ class _Turn:
             self._has_lease = self._lease.hold()
             self._renew_at = now + RENEW_EVERY_S
             if not self._has_lease:
+                self._relay.turns_lost += 1
                 _log.warning("another relay took the lease while this one was slow")
         if self._owed and now > self._progress_at + SILENT_AFTER_S:
             self._relay.kafka_outage.failed(f"nothing confirmed for {SILENT_AFTER_S:.0f} s")

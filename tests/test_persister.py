@@ -1,0 +1,244 @@
+"""The persister: every event is stored once, whatever is repeated, broken or away."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from server.config import Settings
+from server.errors import TopicChanged
+from server.events import PERSISTER_GROUP
+from sync.persister import Persister
+from sync.placement import LogGap, check_topic, first_offset
+from sync.store import Store, StoredOffset, migrate
+from sync.topics import Topic, ensure_topics, look_up
+from tests.services import KafkaBroker, SyncProcess, wait_until
+from tests.sync_parts import environment_of, event, put_records, records_of, running
+
+
+@pytest.fixture
+def settings(kafka_broker: KafkaBroker, kafka_topic: str, database_url: str) -> Settings:
+    made = Settings(
+        kafka_brokers=kafka_broker.brokers, kafka_topic=kafka_topic, kafka_partitions=3, database_url=database_url
+    )
+    ensure_topics(made)
+    migrate(database_url)
+    return made
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(settings.database_url, autocommit=True) as connection:
+        yield connection
+
+
+def stored(database: psycopg.Connection[Any]) -> int:
+    row = database.execute("SELECT count(*) FROM score_events").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def caught_up(database: psycopg.Connection[Any], records: int) -> bool:
+    return database.execute("SELECT sum(next_offset) FROM consumer_offsets").fetchone() == (records,)
+
+
+def scores(database: psycopg.Connection[Any]) -> dict[str, int]:
+    return dict(database.execute("SELECT player_id, score FROM scores").fetchall())
+
+
+def make_anew(settings: Settings) -> None:
+    """Delete the topic of events and create it again, as somebody might by hand."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka_brokers})
+    before = look_up(settings)
+    for future in admin.delete_topics([settings.kafka_topic]).values():
+        future.result()
+    wait_until(lambda: settings.kafka_topic not in admin.list_topics(timeout=5).topics)
+    ensure_topics(settings)
+    assert look_up(settings).topic_id != before.topic_id
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_events_become_history_scores_and_offsets(settings: Settings, database: psycopg.Connection[Any]) -> None:
+    put_records(settings, [event(f"player{i % 7}", 1000 + i, score=i) for i in range(700)])
+    with running(Persister, settings) as persister:
+        wait_until(lambda: caught_up(database, 700))
+    assert persister.persisted_events == stored(database) == 700
+    assert scores(database) == {f"player{i % 7}": i for i in range(693, 700)}
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_group_offsets_follow_so_that_operators_see_the_lag(
+    settings: Settings, database: psycopg.Connection[Any]
+) -> None:
+    put_records(settings, [event("ann", 1000)])
+    observer = Consumer({"bootstrap.servers": settings.kafka_brokers, "group.id": PERSISTER_GROUP})
+    partitions = [TopicPartition(settings.kafka_topic, partition) for partition in range(3)]
+    with running(Persister, settings):
+        wait_until(lambda: any(it.offset == 1 for it in observer.committed(partitions, timeout=5)))
+    observer.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_redelivered_and_late_events_count_once(settings: Settings, database: psycopg.Connection[Any]) -> None:
+    events = [event(f"player{i % 5}", 1000 + i, score=i) for i in range(100)]
+    put_records(settings, events + events[::-1] + events[:50])
+    with running(Persister, settings):
+        wait_until(lambda: caught_up(database, 250))
+    assert stored(database) == 100
+    assert scores(database) == {f"player{i % 5}": i for i in range(95, 100)}
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_next_persister_goes_on_where_the_database_says(settings: Settings, database: psycopg.Connection[Any]) -> None:
+    put_records(settings, [event("ann", 1000 + i) for i in range(10)])
+    with running(Persister, settings):
+        wait_until(lambda: caught_up(database, 10))
+    put_records(settings, [event("ann", 2000 + i) for i in range(3)])
+    database.execute("DELETE FROM score_events")  # to see that nothing is read twice
+    with running(Persister, settings):
+        wait_until(lambda: caught_up(database, 13))
+    assert stored(database) == 3
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_persister_killed_midway_is_followed_by_one_that_stores_the_rest(
+    settings: Settings, database: psycopg.Connection[Any], tmp_path: Path
+) -> None:
+    process = SyncProcess(tmp_path, environment_of(settings), "persister")
+    process.start()
+    try:
+        put_records(settings, [event(f"player{i % 50}", 1000 + i, score=i) for i in range(20_000)])
+        wait_until(lambda: stored(database) > 0)
+        process.kill()
+        put_records(settings, [event("ann", 100_000)])
+        process.start()
+        wait_until(lambda: caught_up(database, 20_001), 20)
+        assert process.stop() == 0
+    finally:
+        process.stop()
+    assert stored(database) == 20_001
+    assert scores(database) == {"ann": 1} | {f"player{i % 50}": i for i in range(19_950, 20_000)}
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_records_that_cannot_be_stored_are_put_aside_and_block_nothing(
+    settings: Settings, database: psycopg.Connection[Any]
+) -> None:
+    good = [event(f"player{i}", 1000 + i, score=i) for i in range(50)]
+    put_records(settings, [*good[:20], b"not JSON", b"", event("nul\0", 1000), *good[20:]])
+    put_records(settings, [event("ann", 1000)], version=b"2")
+    with running(Persister, settings) as persister:
+        wait_until(lambda: caught_up(database, 54))
+    assert stored(database) == 50
+    assert persister.dead_letters == 4
+    letters = records_of(settings, settings.dead_letter_topic)
+    assert len(letters) == 4
+    reasons = {letter.value(): dict(letter.headers()) for letter in letters}
+    assert set(reasons[b"not JSON"]) >= {"reason", "topic", "partition", "offset"}
+    assert reasons[b"not JSON"]["topic"] == settings.kafka_topic.encode()
+    assert b"JSON is malformed" in reasons[b"not JSON"]["reason"]
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_database_away_is_waited_for(
+    settings: Settings, database: psycopg.Connection[Any], postgres_server: Any
+) -> None:
+    name = database.info.dbname
+    with running(Persister, settings) as persister, psycopg.connect(postgres_server.url, autocommit=True) as admin:
+        put_records(settings, [event("ann", 1000)])
+        wait_until(lambda: caught_up(database, 1))
+        database.close()
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        put_records(settings, [event("ann", 2000 + i, score=i) for i in range(100)])
+        wait_until(lambda: persister.outages == 1)
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+        wait_until(lambda: persister.persisted_events == 101)
+    with psycopg.connect(settings.database_url) as again:
+        assert stored(again) == 101
+        assert scores(again) == {"ann": 99}
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_topic_made_anew_is_refused_unless_told_otherwise(
+    settings: Settings, database: psycopg.Connection[Any]
+) -> None:
+    put_records(settings, [event("ann", 1000 + i, score=i) for i in range(10)])
+    with running(Persister, settings):
+        wait_until(lambda: caught_up(database, 10))
+    make_anew(settings)
+    put_records(settings, [event("bob", 2000)])
+    with pytest.raises(TopicChanged, match="KAFKA_NEW_TOPIC=restart"):
+        run_until_it_raises(settings)
+    with running(Persister, dataclasses.replace(settings, new_topic="restart")):
+        wait_until(lambda: caught_up(database, 1))
+    assert scores(database) == {"ann": 9, "bob": 1}
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_expired_records_are_not_passed_over_in_silence(settings: Settings, database: psycopg.Connection[Any]) -> None:
+    put_records(settings, [event("ann", 1000 + i) for i in range(10)])
+    topic = look_up(settings)
+    partition = records_of(settings)[0].partition()
+    store = Store(settings.database_url)
+    store.persist([], settings.kafka_topic, topic.topic_id, {partition: 3})
+    store.close()
+    admin = AdminClient({"bootstrap.servers": settings.kafka_brokers})
+    for future in admin.delete_records([TopicPartition(settings.kafka_topic, partition, 5)]).values():
+        future.result()
+    with pytest.raises(LogGap, match="2 records of .* expired before they were stored"):
+        run_until_it_raises(settings)
+
+
+def run_until_it_raises(settings: Settings) -> None:
+    failed = []
+
+    class Watched(Persister):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                failed.append(error)
+                raise
+
+    with running(Watched, settings):
+        wait_until(lambda: failed)
+
+
+def test_stored_offsets_of_another_topic_are_refused() -> None:
+    with pytest.raises(TopicChanged, match="belong to the id old, it has new"):
+        check_topic("t", Topic("new", 8), {0: StoredOffset("old", 5), 1: StoredOffset("new", 5)})
+
+
+def test_more_partitions_are_welcome_and_fewer_are_refused() -> None:
+    check_topic("t", Topic("id", 8), {0: StoredOffset("id", 5)})
+    with pytest.raises(LogGap, match=r"has 2 partitions, but offsets are stored for \[2, 3\]"):
+        check_topic("t", Topic("id", 2), {partition: StoredOffset("id", 5) for partition in range(4)})
+
+
+@pytest.mark.parametrize(("offset", "begins"), [(None, 10), (10, 10), (15, 15), (20, 20)])
+def test_reading_begins_where_the_database_says_or_at_the_beginning(offset: int | None, begins: int) -> None:
+    stored_offset = None if offset is None else StoredOffset("id", offset)
+    assert first_offset("t", 0, stored_offset, 10, 20) == begins
+
+
+@pytest.mark.parametrize(("offset", "says"), [(9, "1 records of t/0 expired"), (21, "was cut short: it ends at 20")])
+def test_offset_outside_of_the_log_is_refused(offset: int, says: str) -> None:
+    with pytest.raises(LogGap, match=says):
+        first_offset("t", 0, StoredOffset("id", offset), 10, 20)

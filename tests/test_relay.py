@@ -1,0 +1,195 @@
+"""The relay: everything that the outbox owes reaches Kafka, in order, and only then leaves Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis as redis_client
+from confluent_kafka import TIMESTAMP_CREATE_TIME, Message
+
+from server.config import Settings
+from server.embedded import RedisServer
+from server.events import decode_event
+from server.keys import Keys
+from sync.lease import Lease
+from sync.relay import Relay
+from sync.topics import ensure_topics, look_up
+from tests.services import KafkaBroker, SyncProcess, wait_until
+from tests.sync_parts import add_entries, add_entry, environment_of, records_of, running
+
+pytestmark = [pytest.mark.redis, pytest.mark.kafka]
+
+
+@pytest.fixture
+def settings(
+    redis: redis_client.Redis, redis_server: RedisServer, kafka_broker: KafkaBroker, kafka_topic: str
+) -> Settings:
+    made = Settings(
+        redis_host=redis_server.host,
+        redis_port=redis_server.port,
+        kafka_brokers=kafka_broker.brokers,
+        kafka_topic=kafka_topic,
+        kafka_partitions=3,
+    )
+    ensure_topics(made)
+    return made
+
+
+def outbox_is_empty(redis: redis_client.Redis) -> Callable[[], bool]:
+    return lambda: redis.xlen("outbox") == 0
+
+
+def first_deliveries(records: list[Message]) -> list[tuple[str, int]]:
+    """(player, score) of each event in the order of versions; each partition has to bring them in that order."""
+    versions: dict[int, tuple[int, int]] = {}
+    found = {}
+    for record in records:
+        event = decode_event(record.value())
+        if event.event_id not in found:
+            assert event.version > versions.get(record.partition(), (0, 0)), "out of order"
+            versions[record.partition()] = event.version
+            found[event.event_id] = event
+    return [(event.player_id, event.new_score) for event in sorted(found.values(), key=lambda event: event.version)]
+
+
+def test_entry_becomes_one_record_per_event(redis: redis_client.Redis, settings: Settings) -> None:
+    entry_id = add_entry(redis, [("ann", 5, 5), ("bob", -2, -2)])
+    with running(Relay, settings):
+        wait_until(outbox_is_empty(redis))
+    by_key = {record.key(): record for record in records_of(settings)}
+    assert set(by_key) == {b"ann", b"bob"}
+    ms = int(entry_id.split("-")[0])
+    value = f'{{"eventId":"{entry_id}-1","board":"main","playerId":"bob","scoreDelta":-2,"newScore":-2,"at":{ms}}}'
+    assert by_key[b"bob"].value() == value.encode()
+    assert by_key[b"bob"].headers() == [("v", b"1")]
+    assert by_key[b"bob"].timestamp() == (TIMESTAMP_CREATE_TIME, ms)
+
+
+def test_many_entries_arrive_once_and_in_order(redis: redis_client.Redis, settings: Settings) -> None:
+    expected = add_entries(redis, 1000)
+    with running(Relay, settings):
+        wait_until(outbox_is_empty(redis))
+    records = records_of(settings)
+    assert len(records) == len(expected)
+    assert first_deliveries(records) == expected
+
+
+def test_second_relay_waits_and_takes_over(redis: redis_client.Redis, settings: Settings) -> None:
+    with running(Relay, settings) as second:
+        with running(Relay, settings) as first:
+            add_entries(redis, 3)
+            wait_until(outbox_is_empty(redis))
+            assert sorted([first.relayed_events, second.relayed_events]) == [0, 30]
+            if second.relayed_events:  # it may have been quicker to the lease
+                return
+        add_entries(redis, 2, first=3)
+        wait_until(outbox_is_empty(redis))
+        assert second.relayed_events == 20
+
+
+def test_relay_gives_its_lease_back(redis: redis_client.Redis, settings: Settings) -> None:
+    key = Keys().relay_lease
+    with running(Relay, settings):
+        wait_until(lambda: redis.exists(key))
+    assert not redis.exists(key)
+
+
+def test_lease_is_renewed_and_released_only_by_its_holder(redis: redis_client.Redis) -> None:
+    ours, theirs = Lease(redis, "lease"), Lease(redis, "lease")
+    assert ours.hold()
+    assert not theirs.hold()
+    theirs.release()
+    redis.pexpire("lease", 500)
+    assert ours.hold()
+    assert redis.pttl("lease") > 1000
+    redis.delete("lease")
+    assert theirs.hold()
+    assert not ours.hold()
+
+
+def test_relay_that_lost_its_lease_stops_and_waits(redis: redis_client.Redis, settings: Settings) -> None:
+    key = Keys().relay_lease
+    with running(Relay, settings) as relay:
+        wait_until(lambda: redis.exists(key))
+        redis.set(key, "somebody else")
+        wait_until(lambda: relay.turns_lost == 1)
+        add_entries(redis, 1)
+        assert redis.xlen("outbox") == 1
+        redis.delete(key)
+        wait_until(outbox_is_empty(redis))
+
+
+def test_nothing_is_trimmed_that_kafka_has_not_confirmed(
+    redis: redis_client.Redis, settings: Settings, kafka_broker: KafkaBroker
+) -> None:
+    with running(Relay, settings) as relay:
+        first = add_entries(redis, 5)
+        wait_until(outbox_is_empty(redis))
+        kafka_broker.pause()
+        try:
+            more = add_entries(redis, 7, first=5)
+            wait_until(lambda: relay.relayed_events == 120)
+            assert redis.xlen("outbox") == 7
+        finally:
+            kafka_broker.resume()
+        wait_until(outbox_is_empty(redis))
+    assert first_deliveries(records_of(settings)) == first + more
+
+
+def test_relay_killed_midway_is_followed_by_one_that_delivers_the_rest(
+    redis: redis_client.Redis, settings: Settings, kafka_broker: KafkaBroker, tmp_path: Path
+) -> None:
+    process = SyncProcess(tmp_path, environment_of(settings), "relay")
+    process.start()
+    try:
+        first = add_entries(redis, 50)
+        wait_until(outbox_is_empty(redis))
+        kafka_broker.pause()
+        more = add_entries(redis, 50, first=50)
+        process.kill()
+    finally:
+        kafka_broker.resume()
+    assert redis.xlen("outbox") == 50
+    process.start()
+    try:
+        wait_until(outbox_is_empty(redis))
+        assert process.stop() == 0
+    finally:
+        process.stop()
+    assert first_deliveries(records_of(settings)) == first + more
+
+
+def test_relay_goes_on_when_redis_comes_back(settings: Settings, fresh_redis: Callable[..., RedisServer]) -> None:
+    server = fresh_redis(appendfsync="always")
+    own = Settings(redis_port=server.port, kafka_brokers=settings.kafka_brokers, kafka_topic=settings.kafka_topic)
+    with redis_client.Redis(port=server.port) as client, running(Relay, own):
+        expected = add_entries(client, 20)
+        wait_until(outbox_is_empty(client))
+        server.kill()
+        server.start()
+        expected += add_entries(client, 20, first=20)
+        wait_until(outbox_is_empty(client))
+    assert first_deliveries(records_of(own)) == expected
+
+
+def test_entry_that_is_no_batch_is_put_aside_and_blocks_nothing(redis: redis_client.Redis, settings: Settings) -> None:
+    bad = redis.xadd("outbox", {"batch": b"\xc1"}).decode()
+    other = redis.xadd("outbox", {"something": "else"}).decode()
+    short = redis.xadd("outbox", {"batch": b"\x93\xa4main\xa3ann\x01"}).decode()
+    expected = add_entries(redis, 1)
+    with running(Relay, settings) as relay:
+        wait_until(outbox_is_empty(redis))
+    assert relay.dead_letters == 3
+    assert first_deliveries(records_of(settings)) == expected
+    letters = [dict(letter.headers()) for letter in records_of(settings, settings.dead_letter_topic)]
+    assert [letter["outbox"].decode() for letter in letters] == [bad, other, short]
+    assert letters[1]["reason"] == b"expected the field `batch`"
+
+
+def test_topics_are_made_once_and_stay_what_they_are(settings: Settings) -> None:
+    before = look_up(settings)
+    ensure_topics(settings)
+    assert look_up(settings) == before
+    assert before.partitions == 3

@@ -1,0 +1,181 @@
+"""The store: what is written twice counts once, in whatever order it comes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from server.events import MAX_SCORE, ScoreEvent
+from sync.store import Persisted, Store, StoredOffset, migrate
+from tests.sync_parts import event
+
+pytestmark = pytest.mark.postgres
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[psycopg.Connection[Any]]:
+    migrate(database_url)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def store(database_url: str, database: psycopg.Connection[Any]) -> Iterator[Store]:
+    made = Store(database_url)
+    yield made
+    made.close()
+
+
+def persist(store: Store, events: list[ScoreEvent], offsets: dict[int, int] | None = None) -> Persisted:
+    return store.persist(events, "updates", "id-1", offsets or {})
+
+
+def scores(database: psycopg.Connection[Any]) -> dict[str, tuple[int, int, int]]:
+    rows = database.execute("SELECT player_id, score, ver_ms, ver_seq FROM scores")
+    return {player: (score, ms, seq) for player, score, ms, seq in rows}
+
+
+def test_schema_is_applied_twice_without_harm(
+    database_url: str, database: psycopg.Connection[Any], store: Store
+) -> None:
+    persist(store, [event("ann", 1000, score=7)])
+    migrate(database_url)
+    assert scores(database) == {"ann": (7, 1000, 0)}
+
+
+def test_schema_is_applied_by_many_at_once(database_url: str) -> None:
+    failures: list[Exception] = []
+
+    def apply() -> None:
+        try:
+            migrate(database_url)
+        except psycopg.Error as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=apply) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_events_scores_and_offsets_are_written_together(database: psycopg.Connection[Any], store: Store) -> None:
+    done = persist(store, [event("ann", 1000, score=1), event("ann", 1001, score=2), event("bob", 1001)], {0: 5, 3: 9})
+    assert done == Persisted(new_events=3, players_advanced=2, offsets_advanced=2)
+    assert scores(database) == {"ann": (2, 1001, 0), "bob": (1, 1001, 0)}
+    assert store.offsets("updates") == {0: StoredOffset("id-1", 5), 3: StoredOffset("id-1", 9)}
+    assert store.offsets("another") == {}
+
+
+def test_batch_written_again_changes_nothing(store: Store) -> None:
+    batch = [event("ann", 1000, index=i, score=i) for i in range(10)]
+    persist(store, batch, {0: 10})
+    assert persist(store, batch, {0: 10}) == Persisted(0, 0, 0)
+
+
+def test_earlier_event_that_comes_late_turns_no_score_back(database: psycopg.Connection[Any], store: Store) -> None:
+    persist(store, [event("ann", 1000, seq=10, score=10)])
+    done = persist(store, [event("ann", 1000, seq=9, score=9), event("ann", 999, seq=99, score=8)])
+    assert done == Persisted(new_events=2, players_advanced=0, offsets_advanced=0)
+    assert scores(database)["ann"][0] == 10
+
+
+def test_offset_never_goes_back(store: Store) -> None:
+    persist(store, [], {0: 10})
+    persist(store, [], {0: 4})
+    assert store.offsets("updates")[0].next_offset == 10
+
+
+def test_offset_of_another_topic_is_neither_moved_nor_kept_when_forgotten(store: Store) -> None:
+    persist(store, [], {0: 10})
+    store.persist([], "updates", "id-2", {0: 20})
+    assert store.offsets("updates") == {0: StoredOffset("id-1", 10)}
+    store.forget_offsets("updates", but_of="id-1")
+    assert store.offsets("updates") == {0: StoredOffset("id-1", 10)}
+    store.forget_offsets("updates", but_of="id-2")
+    assert store.offsets("updates") == {}
+
+
+def test_any_name_and_any_score_survive(database: psycopg.Connection[Any], store: Store) -> None:
+    names = ['"', "\\", '\\"', "{}", "a,b", "NULL", " ", "%s", "é漢🎲", "'", "x" * 128]
+    persist(store, [event(name, 1000, index=i, score=-MAX_SCORE) for i, name in enumerate(names)])
+    assert set(scores(database)) == set(names)
+    assert {score for score, _, _ in scores(database).values()} == {-MAX_SCORE}
+
+
+def test_refused_batch_leaves_nothing_behind(database: psycopg.Connection[Any], store: Store) -> None:
+    with pytest.raises(psycopg.DataError):
+        persist(store, [event("ann", 1000), event("b\0b", 1000)], {0: 2})
+    assert scores(database) == {}
+    assert store.offsets("updates") == {}
+
+
+def test_lost_connection_is_made_again(database: psycopg.Connection[Any], store: Store) -> None:
+    persist(store, [event("ann", 1000)])
+    database.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    assert persist(store, [event("ann", 1001)]).new_events == 1
+
+
+def test_writers_at_once_neither_deadlock_nor_lose(database_url: str, database: psycopg.Connection[Any]) -> None:
+    events = [event(f"player{i % 50}", 1000 + i, score=i) for i in range(2000)]
+    failures: list[Exception] = []
+
+    def write(mine: list[ScoreEvent]) -> None:
+        store = Store(database_url)
+        try:
+            for start in range(0, len(mine), 100):
+                persist(store, mine[start : start + 100])
+        except psycopg.Error as error:
+            failures.append(error)
+        finally:
+            store.close()
+
+    threads = [threading.Thread(target=write, args=(events[offset::2] + events[::-1],)) for offset in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert scores(database) == {f"player{i % 50}": (i, 1000 + i, 0) for i in range(1950, 2000)}
+    assert database.execute("SELECT count(*) FROM score_events").fetchone() == (2000,)
+
+
+_events = st.builds(
+    event,
+    st.sampled_from(["ann", "bob", "cy"]),
+    st.integers(1, 4),
+    seq=st.integers(0, 11),
+    index=st.integers(0, 2),
+    delta=st.integers(-5, 5),
+    score=st.integers(-100, 100),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches=st.lists(st.lists(_events, max_size=12), max_size=6), data=st.data())
+def test_any_order_and_repetition_ends_in_the_latest_versions(
+    batches: list[list[ScoreEvent]], data: st.DataObject, database: psycopg.Connection[Any], store: Store
+) -> None:
+    unique = {one.event_id: one for batch in batches for one in batch}  # one id is one event
+    sequence = [unique[one.event_id] for batch in batches for one in batch]
+    shuffled = data.draw(st.permutations(sequence + sequence[:5]))
+    database.execute("TRUNCATE scores, score_events, consumer_offsets")
+    while shuffled:
+        size = data.draw(st.integers(1, len(shuffled)))
+        persist(store, shuffled[:size])
+        shuffled = shuffled[size:]
+    model: dict[str, tuple[int, int, int]] = {}
+    for one in sorted(unique.values(), key=lambda one: one.version):
+        model[one.player_id] = (one.new_score, *one.version)
+    assert scores(database) == model
+    assert database.execute("SELECT count(*) FROM score_events").fetchone() == (len(unique),)
