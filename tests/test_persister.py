@@ -202,7 +202,7 @@ def test_expired_records_are_not_passed_over_in_silence(settings: Settings, data
     admin = AdminClient({"bootstrap.servers": settings.kafka_brokers})
     for future in admin.delete_records([TopicPartition(settings.kafka_topic, partition, 5)]).values():
         future.result()
-    with pytest.raises(LogGap, match="2 records of .* expired before they were stored"):
+    with pytest.raises(LogGap, match=r"2 records of .* expired before they were stored"):
         run_until_it_raises(settings)
 
 
