@@ -7,6 +7,7 @@ checked before anything starts, and what is wrong is said for every variable at 
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -97,9 +98,19 @@ def _origins(raw: str) -> tuple[str, ...]:
     return origins
 
 
+def _networks(raw: str) -> tuple[str, ...]:
+    networks = _words(raw)
+    try:
+        for network in networks:
+            ipaddress.ip_network(network, strict=False)
+    except ValueError:
+        raise ValueError("addresses or networks such as 10.0.0.0/8, separated by commas") from None
+    return networks
+
+
 def _setting(variable: str, parse: Callable[[str], Any], default: Any, why: str, *, secret: bool = False) -> Any:
     metadata = {"variable": variable, "parse": parse, "why": why, "secret": secret}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +168,7 @@ class Settings:
         "AUTH_FAILURES_PER_MINUTE", _integer(0, 1_000_000), 60, "bad tokens an address may send before 429; 0: no limit"
     )
     trusted_proxies: tuple[str, ...] = _setting(
-        "TRUSTED_PROXIES", _words, (), "addresses or networks whose X-Forwarded-For counts"
+        "TRUSTED_PROXIES", _networks, (), "addresses or networks whose X-Forwarded-For counts"
     )
 
     redis_host: str = _setting("REDIS_HOST", _text, "127.0.0.1", "Redis 7.0 or newer, or Valkey")
@@ -205,7 +216,7 @@ class Settings:
 
 
 def describe() -> list[tuple[str, str, str]]:
-    """(variable, default, why) of every setting; a secret's default is not shown."""
+    """(variable, default, why) of every setting; no default is a secret."""
     rows = []
     for field in dataclasses.fields(Settings):
         default = field.default
