@@ -1,0 +1,76 @@
+"""Imports point one way: errors, events, keys, config, database ← … ← live, routes, rebuild ← the command line."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GROUND = {"errors", "events", "keys", "config", "database"}
+CORE = {"hub", "auth", "scores", "uws", "metrics", "redis_connection"}
+UPPER = {"live", "routes", "rebuild"}
+PROCESSES = {"supervisor", "embedded"}  # child processes: apart from everything that serves
+COMMANDS = {"__main__", "dev", "dev_screen", "demo"}
+NEVER = {
+    "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},
+    "supervisor": {"server", "sync"},
+    "errors": {"server", "sync"},
+    "keys": {"server", "sync"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a module imports anywhere in it: `from server.keys import Keys` is `server.keys.Keys`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: expected absolute imports"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def siblings(path: Path, package: str) -> set[str]:
+    """Modules of `package` that a module imports."""
+    return {name.split(".")[1] for name in imported(path) if name.startswith(f"{package}.")}
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules("server"), ids=lambda path: path.stem)
+def test_server_imports_point_one_way(path: Path) -> None:
+    name = path.stem
+    known = GROUND | CORE | UPPER | PROCESSES | COMMANDS | {"__init__"}
+    assert name in known, f"a new module: say in this test where server/{name}.py stands"
+    # scores waits for a connection that rebuild has verified: the one arrow that points upwards.
+    allowed = known if name in COMMANDS else GROUND
+    if name in CORE:
+        allowed = GROUND | CORE | ({"rebuild"} if name == "scores" else set())
+    elif name in UPPER:
+        allowed = GROUND | CORE | ({"live"} if name == "routes" else set())
+    elif name in PROCESSES:
+        allowed = GROUND | PROCESSES | {"dev"}  # embedded.dev only hands on
+    assert siblings(path, "server") <= allowed
+    if name not in COMMANDS:
+        assert not siblings(path, "sync")
+
+
+@pytest.mark.parametrize("path", modules("sync"), ids=lambda path: path.stem)
+def test_sync_stands_on_the_ground_of_server(path: Path) -> None:
+    assert siblings(path, "server") <= GROUND | ({"supervisor"} if path.stem == "__main__" else set())
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_pure_modules_stay_pure(name: str) -> None:
+    parts = {part for each in imported(ROOT / f"server/{name}.py") for part in each.split(".")}
+    assert not parts & NEVER[name]
+
+
+def test_only_one_module_touches_uwebsockets() -> None:
+    touching = [path.stem for path in modules("server") + modules("sync") if "socketify" in str(imported(path))]
+    assert touching == ["uws"]
