@@ -95,7 +95,7 @@ class Routes:
 
     def update_score(self, request: Request) -> None:
         """POST /update-score"""
-        forwarded_for = request.header(b"x-forwarded-for") if self._needs_forwarded else b""
+        forwarded_for = request.joined_header(b"x-forwarded-for") if self._needs_forwarded else b""
         request.context = (request.header(b"authorization"), forwarded_for)
         request.read_body(MAX_BODY_BYTES, self._submit)
 

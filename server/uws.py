@@ -152,6 +152,13 @@ class Request:
         assert self._req is not None, "headers are gone once the handler has returned"
         return _view(lib.uws_req_get_header, self._req, name, len(name))
 
+    def joined_header(self, name: bytes) -> bytes:
+        """The values of all headers `name`, in order, with commas between (RFC 9110, 5.3). Only inside the handler."""
+        assert self._req is not None, "headers are gone once the handler has returned"
+        _all_headers.clear()
+        lib.uws_req_for_each_header(self._req, _on_header, ffi.NULL)
+        return b", ".join(value for key, value in _all_headers if key == name)
+
     @property
     def method(self) -> str:
         """In upper case. Only inside the handler."""
@@ -497,6 +504,14 @@ def _data(_res: Any, chunk: Any, length: int, last: bool, user_data: Any) -> Non
 
 _on_aborted: Final = ffi.callback("void(uws_res_t*, void*)", _aborted, onerror=_report)
 _on_data: Final = ffi.callback("void(uws_res_t*, const char*, size_t, bool, void*)", _data, onerror=_report)
+
+
+_all_headers: list[tuple[bytes, bytes]] = []
+
+
+@ffi.callback("void(const char*, size_t, const char*, size_t, void*)", onerror=_report)
+def _on_header(name: Any, name_length: int, value: Any, value_length: int, _user_data: Any) -> None:
+    _all_headers.append((_copy(name, name_length), _copy(value, value_length)))
 
 
 def _adopt(loop: asyncio.AbstractEventLoop) -> None:

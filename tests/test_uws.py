@@ -295,8 +295,14 @@ def test_garbage_harms_nobody_else(app: UwsApp, garbage: bytes) -> None:
 
 
 def test_request_says_what_was_sent(app: UwsApp) -> None:
-    answer = once(app.port, "GET", "/said?limit=1%20&x=%C3%A4", X_Test="value")
-    assert answer.json() == {"method": "GET", "query": "limit=1%20&x=%C3%A4", "peer": "127.0.0.1", "header": "value"}
+    said = once(app.port, "GET", "/said?limit=1%20&x=%C3%A4", X_Test="value").json()
+    assert (said["method"], said["query"], said["peer"]) == ("GET", "limit=1%20&x=%C3%A4", "127.0.0.1")
+    assert (said["header"], said["joined"]) == ("value", "value")
+
+
+def test_header_sent_twice_is_joined_in_order(app: UwsApp) -> None:
+    said = once(app.port, "GET", "/said", X_Test="one", x_test="two, three").json()
+    assert said["joined"] == "one, two, three"
 
 
 # ---------------------------------------------------------------------- WebSockets

@@ -121,6 +121,7 @@ async def serve(port: int, force_gc: bool) -> int:
     def said(request: Request) -> None:
         fields = {"method": request.method, "query": request.query, "peer": request.peer}
         fields["header"] = request.header(b"x-test").decode()
+        fields["joined"] = request.joined_header(b"x-test").decode()
         request.answer(b"200 OK", json.dumps(fields).encode())
 
     def state(request: Request) -> None:
