@@ -37,7 +37,9 @@ from server.keys import Keys
 from server.supervisor import Child, Supervisor, alive, ended
 
 READY_WITHIN_S: Final = 60.0
-DRAIN_WITHIN_S: Final = 8.0
+DRAIN_WITHIN_S: Final = 12.0
+"""A consumer group takes 3 s to form on the in-memory broker, so a stop right after a start needs at least that."""
+
 LOCK_WITHIN_S: Final = 15.0
 """How long the stores of a `dev` that was killed may take to close their data."""
 
@@ -271,15 +273,18 @@ class Development:
     def _screen(self) -> str:
         settings = self.settings
         rows = [
-            ("sync", "relay and persister", _log_of(self._sync)),
-            ("Redis", f"{settings.redis_host}:{settings.redis_port}", _log_of(self._redis)),
+            ("sync", "relay and persister", self._log_of(self._sync)),
+            ("Redis", f"{settings.redis_host}:{settings.redis_port}", self._log_of(self._redis)),
             ("Kafka", settings.kafka_brokers, "embedded, in memory" if self._kafka else "yours"),
-            ("PostgreSQL", dev_screen.without_password(settings.database_url), _log_of(self._postgres)),
+            ("PostgreSQL", dev_screen.without_password(settings.database_url), self._log_of(self._postgres)),
             ("players", f"{len(PLAYERS)}, for demonstration" if self._demo else "none", "--no-demo: none"),
         ]
         host = f"[{self._host}]" if ":" in self._host else self._host
         url = f"http://{host}:{settings.port}"
-        return dev_screen.screen(url, [("server", url, _log_of(self._server)), *rows], settings, self._data)
+        return dev_screen.screen(url, [("server", url, self._log_of(self._server)), *rows], settings, self._data)
+
+    def _log_of(self, child: Child | None) -> str:
+        return f"log {self._data / child.log.name}" if child and child.log else "yours"
 
 
 @contextlib.contextmanager
@@ -337,10 +342,6 @@ def _unpersisted(settings: Settings) -> int:
     with psycopg.connect(settings.database_url, connect_timeout=2) as connection:
         row = connection.execute(query, [topic, answer.cluster_id]).fetchone()
     return sum(ends) - (row[0] if row else 0)
-
-
-def _log_of(child: Child | None) -> str:
-    return f"log {os.path.relpath(child.log)}" if child and child.log else "yours"
 
 
 def _say(text: str) -> None:
