@@ -78,7 +78,7 @@ class Routes:
         """Add every route."""
         self._server, self.scores, self.live = server, scores, live
         self._metrics = metrics.ServerMetrics(self.counters, self._gauges)
-        if self._settings.cors_origins == ("*",):
+        if "*" in self._settings.cors_origins:
             server.head_lines = (
                 f"\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {_EXPOSED}".encode()
             )
