@@ -57,7 +57,7 @@ async def _serve(settings: config.Settings) -> int:
         on_page=routes.on_page,
     )
     live = Live(settings, keys, scores)
-    server = uws.Server()
+    server = uws.Server(request_timeout_s=settings.request_deadline_ms / 1000 + 3)
     routes.register(server, scores, live)
     server.websocket(
         WEBSOCKET_PATH,
