@@ -281,7 +281,13 @@ class MockKafka:
 
     def start(self) -> None:
         """Start it, empty; `brokers` is its address from here on, another one each time."""
-        self._cluster = Producer({"test.mock.num.brokers": 1, "log_level": 4})  # 5 says that it is a mock
+        # librdkafka leaves signals open to the mock's thread alone, and one that lands there ends the cluster: its
+        # poll returns EINTR, which it takes for a failure. The thread inherits the mask of the one that makes it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            self._cluster = Producer({"test.mock.num.brokers": 1, "log_level": 4})  # 5 says that it is a mock
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for topic in self.topics:
             self._cluster.list_topics(topic, timeout=10)
         brokers = self._cluster.list_topics(timeout=10).brokers.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -192,6 +193,19 @@ def test_mock_kafka_carries_records_and_has_its_topics_from_the_start() -> None:
         record = wait_until(lambda: consumer.poll(0.1))
         assert (record.key(), record.value()) == (b"ann", b"5")
         consumer.close()
+    finally:
+        broker.stop()
+
+
+def test_signals_do_not_end_mock_kafka() -> None:
+    broker = MockKafka()
+    broker.start()
+    try:
+        statuses = [path.read_text() for path in Path("/proc/self/task").glob("*/status")]
+        (mock,) = (status for status in statuses if status.startswith("Name:\trdk:mock\n"))
+        blocked = int(mock.split("\nSigBlk:\t")[1].split("\n")[0], 16)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            assert blocked >> (number - 1) & 1, f"{number.name} would end the broker in mid-work"
     finally:
         broker.stop()
 
