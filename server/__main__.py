@@ -2,6 +2,7 @@
 
 scoreboard serve       the server
 scoreboard sync        relay and persister; `sync relay` or `sync persister` for one of them
+scoreboard all         both of them: what the container runs
 scoreboard migrate     create the Kafka topics and the database schema
 scoreboard token       print a token, or many for a load test
 scoreboard dev         everything on this machine, with embedded services
@@ -113,6 +114,17 @@ def sync(argv: list[str]) -> int:
     return run(argv)
 
 
+def run_all(argv: list[str]) -> int:
+    """Run server and sync as child processes until SIGTERM; one that ends is started again."""
+    from server.auth import Authenticator
+    from server.supervisor import Child, Supervisor
+
+    argparse.ArgumentParser(prog="scoreboard all", description="Run server and sync.").parse_args(argv)
+    Authenticator(config.load())  # said once here, rather than by children that start again and again
+    children = [Child(command, [sys.executable, "-m", "server", command]) for command in ("serve", "sync")]
+    return Supervisor(children).run(grace_s=DRAIN_GRACE_S + 2)
+
+
 def migrate(argv: list[str]) -> int:
     """Create topics and schema."""
     from sync.__main__ import migrate as run
@@ -130,6 +142,7 @@ def dev(argv: list[str]) -> int:
 COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "serve": serve,
     "sync": sync,
+    "all": run_all,
     "migrate": migrate,
     "token": token,
     "dev": dev,
