@@ -102,8 +102,8 @@ def measure(stack: Stack, seconds: float) -> Figures:
     """All runs, one after the other."""
     fresh_bytes = stack.server_bytes()
     posts = wrk.posts(JWT_SECRET, PLAYERS)
-    # A Kafka that has just started spends more on compiling itself than on events.
-    run_load(stack, "warm-up", posts, 64, seconds)
+    # A Kafka that has just started spends more on compiling itself than on events, for half a minute.
+    run_load(stack, "warm-up", posts, 64, 3 * seconds)
     runs = [
         run_load(stack, "POST /update-score, 64 connections", posts, 64, seconds),
         run_load(stack, "POST /update-score, 256 connections", posts, 256, seconds),

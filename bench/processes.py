@@ -31,7 +31,8 @@ class Meter:
 
     def used_us(self) -> dict[str, float]:
         """CPU time of each since the start, in µs."""
-        return {name: now_us - self._start_us[name] for name, now_us in self._now_us().items()}
+        # What a thread used that has ended since is lost.
+        return {name: max(0.0, now_us - self._start_us[name]) for name, now_us in self._now_us().items()}
 
     def others_percent(self) -> float:
         """The share of the machine that processes used which are neither measured nor our own load."""
