@@ -341,6 +341,8 @@ def _decode_failure(error: Exception) -> str:
     said, _, path = str(error).partition(" - at `$")
     if isinstance(error, msgspec.ValidationError):
         field = path.strip("`.") or "body"
+        if said == "Integer value out of range":
+            said = f"expected an integer from -{MAX_SCORE} to {MAX_SCORE}, got a larger one"
         return f"{field}: {said[:1].lower()}{said[1:]}"
     return f"body: expected JSON, got something else: {said}"
 
