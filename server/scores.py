@@ -408,8 +408,11 @@ class Scores:
     def _suspect(self, why: str) -> None:
         """Drop the connection, so that the next one is verified anew."""
         self._away(why)
-        if self._connection is not None:
-            self._connection.close()
+        # Let go of it first: its end is our doing, and must not pass for the reason.
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+            self._lost.set()
 
     def _distrust(self) -> None:
         now_s = time.monotonic()
