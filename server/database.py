@@ -41,7 +41,7 @@ class Database:
         self._url = url
         self._pool: psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]] | None = None
         self._tops: dict[str, tuple[float, list[Entry]]] = {}
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._readings: dict[str, asyncio.Task[list[Entry]]] = {}
 
     async def open(self) -> None:
         """Make the pool; it connects when first asked for something."""
@@ -61,19 +61,30 @@ class Database:
 
         Raises psycopg.Error or TimeoutError.
         """
-        async with self._locks.setdefault(board, asyncio.Lock()):
-            read_s, entries = self._tops.get(board, (-MAX_AGE_S, []))
-            if time.monotonic() - read_s >= MAX_AGE_S:
-                async with asyncio.timeout(QUERY_TIMEOUT_S):
-                    entries = await self._read_top(board)
-                self._tops[board] = (time.monotonic(), entries)
+        read_s, entries = self._tops.get(board, (-MAX_AGE_S, []))
+        if time.monotonic() - read_s >= MAX_AGE_S:
+            # Readers share one query, and its failure: one after the other, each would wait for its own.
+            reading = self._readings.get(board)
+            if reading is None:
+                reading = self._readings[board] = asyncio.create_task(self._read_top(board))
+                reading.add_done_callback(lambda done: self._over(board, done))
+            # Outside of the query, for one that is cancelled waits for seconds for a server that does not answer.
+            async with asyncio.timeout(QUERY_TIMEOUT_S):
+                entries = await asyncio.shield(reading)
         return entries[:limit]
+
+    def _over(self, board: str, reading: asyncio.Task[list[Entry]]) -> None:
+        del self._readings[board]
+        if not reading.cancelled():
+            reading.exception()  # whoever still waits gets it; without anybody it is no news
 
     async def _read_top(self, board: str) -> list[Entry]:
         assert self._pool is not None
-        async with self._pool.connection() as connection:
+        async with asyncio.timeout(QUERY_TIMEOUT_S), self._pool.connection() as connection:
             cursor = await connection.execute(_TOP, (board, TOP_LIMIT))
-            return [(player, score) for player, score in await cursor.fetchall()]
+            entries = [(player, score) for player, score in await cursor.fetchall()]
+        self._tops[board] = (time.monotonic(), entries)
+        return entries
 
     async def scores(self) -> AsyncIterator[list[tuple[str, str, int, int, int]]]:
         """Every (board, player, score, ver_ms, ver_seq), CHUNK_ROWS at a time, as of one moment.
