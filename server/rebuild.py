@@ -108,8 +108,9 @@ async def _continue_after(connection: RedisConnection, keys: Keys, last: tuple[i
     ver_ms, ver_seq = last
     floor = f"{ver_ms}-{ver_seq // INDEX_SPAN + 1}"
     if not await connection.execute("EXISTS", keys.outbox):
-        await connection.execute("XADD", keys.outbox, "0-1", "start", "")
-        await connection.execute("XDEL", keys.outbox, "0-1")
+        # The way to an empty stream: an entry, however short its life, could be read by the relay.
+        await connection.execute("XGROUP", "CREATE", keys.outbox, "none", "$", "MKSTREAM")
+        await connection.execute("XGROUP", "DESTROY", keys.outbox, "none")
     state = await connection.execute("XINFO", "STREAM", keys.outbox)
     current: bytes = state[state.index(b"last-generated-id") + 1]
     if tuple(map(int, current.split(b"-"))) < tuple(map(int, floor.split("-"))):

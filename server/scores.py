@@ -8,6 +8,7 @@ whoever got a 200 sees it. Knows nothing of HTTP: answers go to the functions gi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import logging
 import secrets
@@ -391,10 +392,10 @@ class Scores:
         """Look after a ready connection until it is lost."""
         while self.epoch is not None and self._connection is not None:
             await self._look(self._connection)
-            try:
-                await asyncio.wait_for(self._lost.wait(), WATCH_INTERVAL_S)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                # Not wait_for: before Python 3.12 it may swallow a cancellation.
+                async with asyncio.timeout(WATCH_INTERVAL_S):
+                    await self._lost.wait()
 
     async def _look(self, connection: RedisConnection) -> None:
         async with asyncio.timeout(self._deadline_s):

@@ -1,0 +1,430 @@
+"""Scores against a real Redis behind a proxy that can cut, stall and swallow."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import psycopg
+import pytest
+import redis as redis_client
+
+from server.config import Settings
+from server.database import Database
+from server.embedded import RedisServer
+from server.errors import Problem
+from server.events import OUTBOX_FIELD, events_of_entry
+from server.keys import Keys
+from server.scores import Outcome, Scores
+from sync import store
+
+pytestmark = pytest.mark.redis
+
+KEYS = Keys()
+DEADLINE_MS = 600
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """Stands for an HTTP request: takes one answer, and fails the test at a second."""
+
+    received_s: float = dataclasses.field(default_factory=time.monotonic)
+    answer: asyncio.Future[Any] = dataclasses.field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def take(self, answer: Any) -> None:
+        self.answer.set_result(answer)
+
+
+class Proxy:
+    """Stands between server and Redis."""
+
+    def __init__(self, redis_port: int) -> None:
+        self.redis_port = redis_port
+        self.swallow_replies = False
+        self.refuse = False
+        self.connections: list[asyncio.StreamWriter] = []
+        self.requests = b""
+
+    async def start(self) -> int:
+        self.server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return int(self.server.sockets[0].getsockname()[1])
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.refuse:
+            writer.close()
+            return
+        redis_reader, redis_writer = await asyncio.open_connection("127.0.0.1", self.redis_port)
+        self.connections += [writer, redis_writer]
+        await asyncio.gather(self._requests(reader, redis_writer), self._replies(redis_reader, writer))
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                self.requests += data
+                writer.write(data)
+        writer.close()
+
+    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if not self.swallow_replies:
+                    writer.write(data)
+        writer.close()
+
+    def cut(self) -> None:
+        for writer in self.connections:
+            writer.transport.abort()
+        self.connections.clear()
+
+    async def stop(self) -> None:
+        self.cut()
+        self.server.close()
+
+
+class Bench:
+    """One Scores behind a proxy."""
+
+    def __init__(self, scores: Scores, proxy: Proxy, redis: redis_client.Redis) -> None:
+        self.scores = scores
+        self.proxy = proxy
+        self.redis = redis
+
+    def submit(self, player: str, delta: int, board: str = "main") -> Request:
+        request = Request()
+        self.scores.submit(board, player, delta, player, 1, request)
+        return request
+
+    def page(self, limit: int = 10) -> Request:
+        request = Request()
+        self.scores.read_page("main", limit, request)
+        return request
+
+    def events(self) -> list[tuple[str, int, int]]:
+        return [
+            (event.player_id, event.score_delta, event.new_score)
+            for entry_id, fields in self.redis.xrange(KEYS.outbox)
+            for event in events_of_entry(entry_id.decode(), fields[OUTBOX_FIELD])
+        ]
+
+    async def until(self, condition: Callable[[], object], deadline_s: float = 5) -> None:
+        async with asyncio.timeout(deadline_s):
+            while not condition():  # noqa: ASYNC110 - the condition is another process's
+                await asyncio.sleep(0.01)
+
+    async def ready(self) -> None:
+        await self.until(lambda: self.scores.epoch is not None)
+
+
+@asynccontextmanager
+async def bench(
+    redis: redis_client.Redis, redis_server: RedisServer, url: str, **settings: Any
+) -> AsyncIterator[Bench]:
+    proxy = Proxy(redis_server.port)
+    port = await proxy.start()
+    database = Database(url)
+    scores = Scores(
+        Settings(redis_port=port, request_deadline_ms=DEADLINE_MS, rate_limit_per_second=0, **settings),
+        KEYS,
+        database,
+        on_outcome=lambda request, outcome, value: request.take((outcome, value)),
+        on_problem=lambda request, problem: request.take(problem),
+        on_page=lambda request, page: request.take(page),
+    )
+    running = asyncio.create_task(scores.run())
+    try:
+        yield Bench(scores, proxy, redis)
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        await proxy.stop()
+        await database.close()
+
+
+Scenario = Callable[[Callable[[Bench], Coroutine[Any, Any, None]]], None]
+
+
+@pytest.fixture
+def play(redis: redis_client.Redis, redis_server: RedisServer) -> Callable[..., None]:
+    """Runs a coroutine with a Bench on a Redis that was verified before."""
+    redis.hset(KEYS.ready, mapping={"epoch": "7", "run_id": redis.info()["run_id"]})
+
+    def run(
+        scenario: Callable[[Bench], Awaitable[None]], url: str = "postgresql://127.0.0.1:1/none", **settings: Any
+    ) -> None:
+        async def main() -> None:
+            async with bench(redis, redis_server, url, **settings) as one:
+                await scenario(one)
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_requests_of_one_turn_form_one_batch(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        requests = [bench.submit("ann", 1) for _ in range(20)]
+        assert [await request.answer for request in requests] == [(Outcome.APPLIED, n) for n in range(1, 21)]
+        assert bench.scores.batches == 1
+
+    play(scenario)
+
+
+def test_more_than_a_batch_holds_goes_in_several(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        requests = [bench.submit(f"p{number}", number) for number in range(1200)]
+        assert [await request.answer for request in requests] == [(Outcome.APPLIED, n) for n in range(1200)]
+        assert bench.scores.batches == 3
+
+    play(scenario)
+
+
+def test_boards_do_not_wait_for_each_other(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        main, weekly = bench.submit("ann", 1), bench.submit("ann", 10, "weekly")
+        assert (await main.answer, await weekly.answer) == ((Outcome.APPLIED, 1), (Outcome.APPLIED, 10))
+
+    play(scenario)
+
+
+def test_read_sees_the_writes_answered_before_it(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        for score in range(1, 30):
+            await bench.submit("ann", 1).answer
+            assert await bench.page().answer == b'[{"playerId":"ann","score":%d}]' % score
+
+    play(scenario)
+
+
+def test_readers_of_one_turn_share_one_command(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.requests = b""
+        pages = [bench.page() for _ in range(50)]
+        assert {await page.answer for page in pages} == {b"[]"}
+        assert bench.proxy.requests.count(b"ZREVRANGE") == 1
+
+    play(scenario)
+
+
+def test_batch_whose_reply_was_lost_is_sent_again_and_counts_once(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.swallow_replies = True
+        request = bench.submit("ann", 5)
+        await bench.until(lambda: bench.redis.get(KEYS.board("main").score("ann")))
+        bench.proxy.cut()
+        bench.proxy.swallow_replies = False
+        assert await request.answer == (Outcome.APPLIED, 5)
+        assert bench.events() == [("ann", 5, 5)]
+        assert await bench.submit("ann", 1).answer == (Outcome.APPLIED, 6)
+
+    play(scenario)
+
+
+def test_batch_that_never_arrived_is_sent_again(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.cut()
+        request = bench.submit("ann", 5)
+        assert await request.answer == (Outcome.APPLIED, 5)
+        assert bench.events() == [("ann", 5, 5)]
+
+    play(scenario)
+
+
+def test_batch_sent_again_into_another_epoch_has_an_unknown_outcome(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.swallow_replies = True
+        request = bench.submit("ann", 5)
+        await bench.until(lambda: bench.redis.get(KEYS.board("main").score("ann")))
+        bench.redis.hset(KEYS.ready, "epoch", "8")
+        bench.proxy.cut()
+        bench.proxy.swallow_replies = False
+        problem = await request.answer
+        assert isinstance(problem, Problem)
+        assert (problem.status, problem.kind) == (503, "outcome-unknown")
+
+    play(scenario)
+
+
+def test_redis_that_does_not_answer_makes_the_outcome_unknown_within_the_deadline(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.swallow_replies = True
+        problem = await bench.submit("ann", 5).answer
+        assert (problem.status, problem.kind) == (503, "outcome-unknown")
+        bench.proxy.swallow_replies = False
+        await bench.ready()
+        # The number went on, so the batch that was given up could not be applied any more.
+        assert await bench.submit("ann", 1).answer == (Outcome.APPLIED, 6)
+        assert bench.events() == [("ann", 5, 5), ("ann", 1, 6)]
+
+    play(scenario)
+
+
+def test_update_that_was_never_sent_is_free_to_be_retried(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.refuse = True
+        bench.proxy.cut()
+        await bench.until(lambda: bench.scores.epoch is None)
+        problem = await bench.submit("ann", 5).answer
+        assert (problem.status, problem.kind) == (503, "not-applied")
+        # Redis has been away for longer than anybody would wait: nobody waits any more.
+        await bench.until(lambda: bench.submit("ann", 5).answer.done())
+
+    play(scenario)
+
+
+def test_update_that_meets_a_short_outage_does_not_notice(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.refuse = True
+        bench.proxy.cut()
+        await bench.until(lambda: bench.scores.epoch is None)
+        request = bench.submit("ann", 5)
+        bench.proxy.refuse = False
+        assert await request.answer == (Outcome.APPLIED, 5)
+
+    play(scenario)
+
+
+def test_reader_is_told_when_redis_cannot_be_read(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.swallow_replies = True
+        assert await bench.page().answer is None
+        assert await bench.page().answer is None
+
+    play(scenario)
+
+
+def test_full_outbox_refuses_updates_and_loses_none(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        await bench.submit("ann", 5).answer
+        bench.redis.xadd(KEYS.outbox, {"batch": b"x" * 2_000_000})
+        await bench.until(lambda: bench.scores.outbox_full)
+        problem = await bench.submit("ann", 5).answer
+        assert (problem.status, problem.kind) == (503, "not-applied")
+        bench.redis.delete(KEYS.outbox)
+        await bench.until(lambda: not bench.scores.outbox_full)
+        assert await bench.submit("ann", 5).answer == (Outcome.APPLIED, 10)
+
+    play(scenario, outbox_max_bytes=1_000_000)
+
+
+def test_eviction_policy_is_refused_by_name_until_it_is_right(
+    play: Callable[..., None], redis: redis_client.Redis
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.until(lambda: "maxmemory-policy" in bench.scores.reason)
+        assert "expected noeviction, got allkeys-lru" in bench.scores.reason
+        redis.config_set("maxmemory-policy", "noeviction")
+        await bench.ready()
+
+    redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        play(scenario)
+    finally:
+        redis.config_set("maxmemory-policy", "noeviction")
+
+
+@pytest.mark.postgres
+class TestFillingFromTheDatabase:
+    """An empty Redis never starts counting from zero."""
+
+    @pytest.fixture
+    def stored(self, database_url: str) -> str:
+        store.migrate(database_url)
+        with psycopg.connect(database_url) as connection, connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO scores VALUES (%s, %s, %s, %s, %s, now())",
+                [("main", f"p{number}", number, 2_000_000_000_000, 65536 * number) for number in range(12_000)]
+                + [("weekly", "p1", -4, 1, 1)],
+            )
+        return database_url
+
+    def test_empty_redis_is_filled_before_any_update(
+        self, play: Callable[..., None], stored: str, redis: redis_client.Redis
+    ) -> None:
+        async def scenario(bench: Bench) -> None:
+            first, second = bench.submit("p7", 1), bench.submit("p1", 1, "weekly")
+            await bench.ready()
+            answers = await first.answer, await second.answer
+            if not isinstance(answers[0], Problem):
+                assert answers == ((Outcome.APPLIED, 8), (Outcome.APPLIED, -3))
+            assert bench.redis.zcard(KEYS.board("main").leaderboard) == 12_000
+            assert await bench.submit("p11999", 1).answer == (Outcome.APPLIED, 12_000)
+            # Versions go on above everything the database has seen, however far ahead its clock was.
+            last_id = bench.redis.xinfo_stream(KEYS.outbox)["last-generated-id"].decode()
+            assert tuple(map(int, last_id.split("-"))) > (2_000_000_000_000, 11_999)
+
+        redis.flushall()
+        play(scenario, stored)
+
+    @pytest.mark.parametrize("key", [KEYS.board("main").leaderboard, KEYS.board("main").score("p7")])
+    def test_damage_is_mended_with_what_redis_still_knows(
+        self, play: Callable[..., None], stored: str, key: str
+    ) -> None:
+        async def scenario(bench: Bench) -> None:
+            await bench.ready()
+            assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 1)
+            assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 2)
+            bench.redis.delete(key)
+            problem = await bench.submit("p7", 1).answer
+            assert (problem, bench.events()[2:]) == ((Outcome.DAMAGED, 0), [])
+            await bench.until(lambda: bench.scores.epoch is None)
+            await bench.ready()
+            assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 3)
+
+        play(scenario, stored)
+
+    def test_marker_taken_away_while_running_is_noticed(
+        self, play: Callable[..., None], stored: str, redis: redis_client.Redis
+    ) -> None:
+        async def scenario(bench: Bench) -> None:
+            await bench.ready()
+            redis.flushall()
+            answer = await bench.submit("p7", 1).answer
+            assert (answer.status, answer.kind) == (503, "not-applied")
+            await bench.until(lambda: redis.exists(KEYS.ready))
+            await bench.ready()
+            assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 8)
+
+        play(scenario, stored)
+
+    def test_two_servers_fill_once(
+        self, redis: redis_client.Redis, redis_server: RedisServer, stored: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        async def main() -> None:
+            async with bench(redis, redis_server, stored) as one, bench(redis, redis_server, stored) as other:
+                await one.ready()
+                await other.ready()
+                assert one.scores.epoch == other.scores.epoch
+
+        caplog.set_level("INFO", "server.rebuild")
+        asyncio.run(main())
+        assert len([record for record in caplog.records if "filled Redis" in record.message]) == 1
+
+    def test_nothing_is_accepted_while_the_database_is_away_too(
+        self, play: Callable[..., None], redis: redis_client.Redis
+    ) -> None:
+        async def scenario(bench: Bench) -> None:
+            problem = await bench.submit("p7", 1).answer
+            assert (problem.status, problem.kind) == (503, "not-applied")
+            assert "the database to fill it from fails" in bench.scores.reason
+            assert redis.exists(KEYS.ready) == 0
+
+        redis.flushall()
+        play(scenario)
