@@ -107,6 +107,11 @@ def events_of_entry(entry_id: str, payload: bytes) -> list[ScoreEvent]:
         ]
     except (msgspec.DecodeError, ValueError) as error:
         raise BadEvent(str(error)) from error
-    if not isinstance(board, str) or not set(map(type, fields[::3])) <= {str}:
-        raise BadEvent("expected text for the board and the players")
+    if len(events) > MAX_BATCH:
+        raise BadEvent(f"expected {MAX_BATCH} updates at most, got {len(events)}")
+    # type, not isinstance: True is no number here.
+    if {type(board), *map(type, fields[::3])} != {str} or not {*map(type, fields[1::3]), *map(type, fields[2::3])} <= {
+        int
+    }:
+        raise BadEvent("expected text for the board and the players, integers for the rest")
     return events
