@@ -6,7 +6,6 @@ believing in it. So what is done under it must be harmless when done twice. Know
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 from typing import Final
 
@@ -22,12 +21,12 @@ _RELEASE: Final = Path(__file__).with_name("release_lease.lua").read_text()
 
 
 class Lease:
-    """One process's claim to the lease at `key`. Every method raises redis.RedisError."""
+    """The claim of one holder, known by its `token`, to the lease at `key`. Every method raises redis.RedisError."""
 
-    def __init__(self, client: redis.Redis, key: str) -> None:
+    def __init__(self, client: redis.Redis, key: str, token: str) -> None:
         self._client = client
         self._key = key
-        self._token = secrets.token_hex(16)
+        self._token = token
         self._renew = client.register_script(_RENEW)
         self._release = client.register_script(_RELEASE)
 

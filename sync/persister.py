@@ -106,6 +106,7 @@ class Persister:
         placed = self._through_outages(lambda: self._placed(partitions))
         if self._unplaced is None:  # else another assignment came while we were waiting
             self._consumer.assign(placed)
+            self._consumer.resume(placed)  # a partition stays paused when it goes and comes back
             _log.info(
                 "reading %s", ", ".join(f"{it.topic}/{it.partition} from {it.offset}" for it in placed) or "nothing"
             )

@@ -9,6 +9,7 @@ harmless; none is left out. Knows nothing of scores, nor of who reads the topic.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import deque
 from typing import Final
@@ -56,6 +57,7 @@ class Relay:
         self.turns_lost = 0
         self._settings = settings
         self._stop = stop
+        self._token = secrets.token_hex(16)  # one for good: after an outage our own lease keeps nobody waiting
         self._redis_outage = Outage("Redis", _log)
         self.kafka_outage = Outage("Kafka", _log)
 
@@ -73,7 +75,7 @@ class Relay:
     def _take_turn(self) -> None:
         client = connect(self._settings)
         keys = Keys(self._settings.redis_key_prefix)
-        lease = Lease(client, keys.relay_lease)
+        lease = Lease(client, keys.relay_lease, self._token)
         try:
             if not self._wait_for(lease):
                 return

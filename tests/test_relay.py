@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 import redis as redis_client
 from confluent_kafka import TIMESTAMP_CREATE_TIME, Message
@@ -97,7 +98,7 @@ def test_relay_gives_its_lease_back(redis: redis_client.Redis, settings: Setting
 
 
 def test_lease_is_renewed_and_released_only_by_its_holder(redis: redis_client.Redis) -> None:
-    ours, theirs = Lease(redis, "lease"), Lease(redis, "lease")
+    ours, theirs = Lease(redis, "lease", "ours"), Lease(redis, "lease", "theirs")
     assert ours.hold()
     assert not theirs.hold()
     theirs.release()
@@ -178,13 +179,15 @@ def test_entry_that_is_no_batch_is_put_aside_and_blocks_nothing(redis: redis_cli
     bad = redis.xadd("outbox", {"batch": b"\xc1"}).decode()
     other = redis.xadd("outbox", {"something": "else"}).decode()
     short = redis.xadd("outbox", {"batch": b"\x93\xa4main\xa3ann\x01"}).decode()
+    strange = add_entry(redis, [("ann", 1, msgspec.msgpack.Ext(1, b""))])  # type: ignore[list-item]
+    endless = add_entry(redis, [("ann", 1, 1)] * 30_000)
     expected = add_entries(redis, 1)
     with running(Relay, settings) as relay:
         wait_until(outbox_is_empty(redis))
-    assert relay.dead_letters == 3
+    assert relay.dead_letters == 5
     assert first_deliveries(records_of(settings)) == expected
     letters = [dict(letter.headers()) for letter in records_of(settings, settings.dead_letter_topic)]
-    assert [letter["outbox"].decode() for letter in letters] == [bad, other, short]
+    assert [letter["outbox"].decode() for letter in letters] == [bad, other, short, strange, endless]
     assert letters[1]["reason"] == b"expected the field `batch`"
 
 
