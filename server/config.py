@@ -186,6 +186,12 @@ class Settings:
     kafka_retention_hours: int = _setting(
         "KAFKA_RETENTION_HOURS", _integer(1, 87_600), 168, "when the topic is created: what a rebuild can look back on"
     )
+    kafka_fetch_wait_ms: int = _setting(
+        "KAFKA_FETCH_WAIT_MS",
+        _integer(1, 10_000),
+        100,
+        "how long a broker holds an empty fetch; a record ends it, except in the broker of `dev`, which sets 10",
+    )
 
     database_url: str = _setting(
         "DATABASE_URL",

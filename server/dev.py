@@ -172,7 +172,7 @@ class Development:
             self._kafka = MockKafka((settings.kafka_topic, settings.dead_letter_topic))
             self._kafka.start()
             # In memory: every start makes the topic anew.
-            named |= {"KAFKA_BROKERS": self._kafka.brokers, "KAFKA_NEW_TOPIC": "restart"}
+            named |= {"KAFKA_BROKERS": self._kafka.brokers, "KAFKA_NEW_TOPIC": "restart", "KAFKA_FETCH_WAIT_MS": "10"}
 
     def _start_store(self, store: Service, lock: int) -> None:
         if self._signals.came:

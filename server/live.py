@@ -92,7 +92,7 @@ class EventFeed(threading.Thread):
                 "group.id": f"scoreboard-live-{secrets.token_hex(4)}",  # never joined: partitions are assigned here
                 "enable.auto.commit": False,
                 "auto.offset.reset": "latest",
-                "fetch.wait.max.ms": 10,
+                "fetch.wait.max.ms": self._settings.kafka_fetch_wait_ms,
                 "queued.max.messages.kbytes": 2048,
                 "error_cb": self._on_error,
                 "logger": _log,
@@ -215,8 +215,7 @@ class Live:
         watcher.connection = connection
         self._hub.join(watcher)
         self.watched = True
-        if not self.is_live:
-            connection.send(status_message(False))
+        self._tell_status(watcher)
         self._schedule()
 
     def received(self, connection: Socket, text: bytes) -> None:
@@ -279,6 +278,8 @@ class Live:
             self.is_live = is_live
             for shard in self._hub.shards:
                 self._publish_to_topic(shard.topic, status_message(is_live))
+                for watcher in shard.watchers:
+                    watcher.told_live = is_live
             self.read_all_again()
         elif not is_live:
             self.read_all_again()
@@ -365,6 +366,12 @@ class Live:
                 return
         if step.joined and watcher.shard is not None:
             connection.subscribe(watcher.shard.topic)
+            self._tell_status(watcher)  # it may have changed while this one lagged
+
+    def _tell_status(self, watcher: Watcher) -> None:
+        if watcher.told_live != self.is_live:
+            watcher.told_live = self.is_live
+            watcher.connection.send(status_message(self.is_live))
 
     def _drop_lagging(self, step: Publish) -> None:
         """Look before publishing: uWebSockets drops what is too much without a word."""

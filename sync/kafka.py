@@ -66,8 +66,8 @@ def new_consumer(settings: Settings, group: str, on_error: Callable[[KafkaError]
             "session.timeout.ms": 6000,
             "heartbeat.interval.ms": 1500,
             "auto.offset.reset": "error",
-            # A broker answers as soon as there is something; empty answers at 10 ms each took it a fifth of a core.
-            "fetch.wait.max.ms": 100,
+            # A broker answers as soon as there is something; empty answers every 10 ms cost it a fifth of a core.
+            "fetch.wait.max.ms": settings.kafka_fetch_wait_ms,
             "queued.max.messages.kbytes": 4096,
             "topic.metadata.refresh.interval.ms": 10_000,
         }
