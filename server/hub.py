@@ -75,6 +75,8 @@ class Watcher:
     lagging_since_ms: int | None = None
     errors: int = 0
     """Messages of it that made no sense."""
+    told_live: bool = True
+    """What it was last told about the board being live; silence means that it is."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -307,7 +309,8 @@ class Hub:
     @staticmethod
     def _longest(board: _Board) -> int:
         limits = {limit for limit, _ in board.shards} | {watcher.limit for watcher in board.serving}
-        return max(limits, default=0)
+        # With everybody lagging there is no list to read; 0 would be the whole board.
+        return max(limits, default=1)
 
     @staticmethod
     def _advance_lists(board: _Board, top: list[Entry]) -> dict[int, bool]:

@@ -14,6 +14,15 @@ from server.hub import LAGGING_LIMIT_MS, SHARD_SIZE, Hub, Publish, Send, Shard, 
 INTERVAL_MS = 16
 
 
+def test_nobody_but_lagging_watchers_means_no_whole_board_is_read() -> None:
+    hub = Hub(INTERVAL_MS)
+    watcher = Watcher("main", 10, True, set())
+    hub.join(watcher)
+    hub.lag(watcher, 0)
+    hub.mark([("main", "ann")])
+    assert [read.limit for read in hub.begin_flush()] == [1]
+
+
 class Client:
     """The far end of a connection: what it was sent, and what it therefore believes."""
 
