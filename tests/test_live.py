@@ -1,0 +1,493 @@
+"""What a watcher sees: a snapshot at once, then every change, never an old board that passes for a live one.
+
+The server, Redis and Kafka are real. Events come from the test itself where no relay runs, so that it decides when.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from confluent_kafka import Producer
+
+from server.embedded import RedisServer, free_port
+from server.events import ScoreEvent, encode_event
+from sync import topics
+from tests.client import assert_problem, connect, get, new_player, post, trust, wait_until_writable
+from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
+from tests.wire import Wire, once
+
+TEXT, CLOSE = 1, 8
+HIGH_WATER_BYTES = 4096
+
+
+class Watcher(Wire):
+    """A page that watches."""
+
+    def __init__(self, server: ServerProcess, query: str = "", **options: int) -> None:
+        super().__init__(server.port, **options)
+        answer = self.upgrade(f"/live-updates?{query}")
+        assert answer.status == 101, answer.body
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def message(self) -> dict[str, Any]:
+        """The next message."""
+        opcode, payload = self.frame()
+        assert opcode == TEXT, payload
+        return dict(json.loads(payload))
+
+    def until(self, **expected: Any) -> dict[str, Any]:
+        """The next message with these fields."""
+        while True:
+            message = self.message()
+            if expected.items() <= message.items():
+                return message
+
+    def ask(self, **message: Any) -> None:
+        """Send a message."""
+        self.send_text(json.dumps(message).encode())
+
+
+def scores_of(message: dict[str, Any]) -> list[tuple[str, int]]:
+    assert message["type"] == "leaderboardUpdate"
+    return [(row["playerId"], row["score"]) for row in message["topScores"]]
+
+
+class World:
+    """One server, its Redis, and the Kafka topic that feeds it."""
+
+    def __init__(self, redis: RedisServer, broker: KafkaBroker, topic: str, directory: Path) -> None:
+        self.settings = {
+            "REDIS_PORT": str(redis.port),
+            "KAFKA_BROKERS": broker.brokers,
+            "KAFKA_TOPIC": topic,
+            "KAFKA_PARTITIONS": "2",
+            "DATABASE_URL": f"postgresql://127.0.0.1:{free_port()}/none",
+            "BOARDS": "main,weekly",
+            "LIVE_HIGH_WATER_BYTES": str(HIGH_WATER_BYTES),
+        }
+        self.redis = redis
+        self.directory = directory
+        self._topic = topic
+        self._producer = Producer({"bootstrap.servers": broker.brokers, "linger.ms": 0})
+        self.server = self.new_server()
+
+    def new_server(self) -> ServerProcess:
+        return ServerProcess(self.directory, self.settings)
+
+    def set_scores(self, board: str = "main", **scores: int) -> None:
+        """Change Redis without a word to anybody."""
+        prefix = "" if board == "main" else f"board:{board}:"
+        with connect(self.redis) as client, client.pipeline() as together:
+            together.mset({f"{prefix}player:{player}:score": score for player, score in scores.items()})
+            together.zadd(f"{prefix}leaderboard", scores)
+            together.execute()
+
+    def say(self, *players: str, board: str = "main", score: int = 0) -> None:
+        """Produce an event for each of the players; what it says of the score is nobody's concern."""
+        for number, player in enumerate(players):
+            event = ScoreEvent(f"1-0-{number}", board, player, 1, score, 1)
+            self._producer.produce(self._topic, encode_event(event), player.encode())
+        assert self._producer.flush(10) == 0
+
+    def change(self, board: str = "main", **scores: int) -> None:
+        """Change Redis and say so."""
+        self.set_scores(board, **scores)
+        self.say(*scores, board=board)
+
+
+@pytest.fixture(scope="module")
+def running_world(kafka_broker: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    directory = tmp_path_factory.mktemp("live")
+    redis = RedisServer(directory / "redis", options={"appendonly": "no"})
+    redis.start()
+    world = World(redis, kafka_broker, f"live-{redis.port}", directory)
+    try:
+        with connect(redis) as client:
+            trust(client)
+        topics.ensure_topics(load_settings(world))
+        world.server.start()
+        wait_until_writable(world.server)
+        wait_until(lambda: get(world.server, "/readyz").json()["live"]["ok"])
+        yield world
+    finally:
+        world.server.stop()
+        redis.stop()
+
+
+def load_settings(world: World) -> Any:
+    from server.config import load
+
+    return load(world.settings)
+
+
+@pytest.fixture
+def world(running_world: World) -> Iterator[World]:
+    """The world with both boards empty, and in the end nobody left watching."""
+    with connect(running_world.redis) as client:
+        for key in client.scan_iter("*player:*"):
+            client.delete(key)
+        client.delete("leaderboard", "board:weekly:leaderboard")
+        client.xtrim("outbox", maxlen=0, approximate=False)
+    wait_until(lambda: get(running_world.server, "/readyz").json()["live"]["ok"])
+    yield running_world
+    assert running_world.server.running, running_world.server.output_tail()
+    wait_until(lambda: "scoreboard_live_connections 0.0" in get(running_world.server, "/metrics").body.decode())
+
+
+pytestmark = [pytest.mark.redis, pytest.mark.kafka]
+
+# ---------------------------------------------------------------------- connecting
+
+
+def test_empty_board_is_a_snapshot_too(world: World) -> None:
+    with Watcher(world.server) as watcher:
+        message = watcher.message()
+        assert message["type"] == "leaderboardUpdate"
+        assert message["board"] == "main"
+        assert message["topScores"] == []
+
+
+def test_snapshot_comes_at_once_and_has_the_first_ten(world: World) -> None:
+    world.set_scores(**{f"p{number:02}": number for number in range(15)})
+    with Watcher(world.server) as watcher:
+        assert scores_of(watcher.message()) == [(f"p{number:02}", number) for number in range(14, 4, -1)]
+
+
+@pytest.mark.parametrize("limit", [10, 25, 50, 100])
+def test_list_is_as_long_as_asked_for(world: World, limit: int) -> None:
+    world.set_scores(**{f"p{number}": number for number in range(110)})
+    with Watcher(world.server, f"limit={limit}") as watcher:
+        assert len(scores_of(watcher.message())) == limit
+
+
+def test_named_players_come_with_the_snapshot(world: World) -> None:
+    world.set_scores(ann=3, bob=2)
+    with Watcher(world.server, "players=bob,nobody,ann") as watcher:
+        assert scores_of(watcher.message()) == [("ann", 3), ("bob", 2)]
+        updates = [watcher.message() for _ in range(2)]
+        assert sorted((update["type"], update["playerId"], update["newScore"]) for update in updates) == [
+            ("scoreUpdate", "ann", 3),
+            ("scoreUpdate", "bob", 2),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("query", "status", "kind", "detail"),
+    [
+        ("limit=11", 400, "invalid-request", "limit: expected one of 10, 25, 50, 100, got '11'"),
+        ("limit=", 400, "invalid-request", "limit: expected one of 10, 25, 50, 100, got ''"),
+        ("limit=1e1", 400, "invalid-request", "limit: expected one of"),
+        ("scores=some", 400, "invalid-request", "scores: expected all or none, got 'some'"),
+        ("players=" + "x" * 129, 400, "invalid-request", "players: expected ids of 1 to 128 characters"),
+        (
+            "players=" + ",".join(f"p{number}" for number in range(101)),
+            400,
+            "invalid-request",
+            "players: expected at most 100, got 101",
+        ),
+        ("board=daily", 404, "not-found", "board: expected one of main, weekly, got 'daily'"),
+    ],
+)
+def test_wrong_parameter_is_refused_before_the_upgrade(
+    world: World, query: str, status: int, kind: str, detail: str
+) -> None:
+    with Wire(world.server.port) as wire:
+        assert_problem(wire.upgrade(f"/live-updates?{query}"), status, kind, detail)
+        assert wire.request("GET", "/healthz").status == 200
+
+
+def test_request_without_an_upgrade_is_426(world: World) -> None:
+    assert_problem(once(world.server.port, "GET", "/live-updates?limit=10"), 426, "upgrade-required")
+
+
+# ---------------------------------------------------------------------- changes
+
+
+def test_event_brings_the_score_and_the_list(world: World) -> None:
+    with Watcher(world.server) as watcher:
+        first = watcher.message()
+        world.change(ann=5)
+        update = watcher.until(type="leaderboardUpdate")
+        assert scores_of(update) == [("ann", 5)]
+        assert update["seq"] == first["seq"] + 1
+        assert watcher.message() == {"type": "scoreUpdate", "board": "main", "playerId": "ann", "newScore": 5}
+
+
+def test_list_numbers_rise_by_one_with_each_change_of_the_list(world: World) -> None:
+    with Watcher(world.server, "scores=none") as watcher:
+        numbers = [watcher.message()["seq"]]
+        for score in range(1, 6):
+            world.change(ann=score)
+            message = watcher.message()
+            assert scores_of(message) == [("ann", score)]
+            numbers.append(message["seq"])
+    assert numbers == list(range(numbers[0], numbers[0] + 6))
+
+
+def test_redis_counts_and_not_what_an_event_says(world: World) -> None:
+    world.set_scores(ann=5)
+    with Watcher(world.server) as watcher:
+        watcher.message()
+        world.say("ann", score=1)  # late, or repeated
+        assert watcher.message() == {"type": "scoreUpdate", "board": "main", "playerId": "ann", "newScore": 5}
+
+
+def test_change_below_the_list_moves_no_list(world: World) -> None:
+    world.set_scores(**{f"p{number}": 100 + number for number in range(10)})
+    with Watcher(world.server) as watcher:
+        watcher.message()
+        world.change(low=1)
+        assert watcher.message() == {"type": "scoreUpdate", "board": "main", "playerId": "low", "newScore": 1}
+
+
+def test_successor_of_a_fallen_leader_moves_up(world: World) -> None:
+    world.set_scores(**{f"p{number:02}": number for number in range(12)})
+    with Watcher(world.server, "scores=none") as watcher:
+        assert scores_of(watcher.message())[-1] == ("p02", 2)
+        world.change(p11=-1)
+        assert scores_of(watcher.message())[-1] == ("p01", 1)
+
+
+def test_boards_are_apart(world: World) -> None:
+    with Watcher(world.server, "board=weekly") as weekly, Watcher(world.server) as main:
+        weekly.message()
+        main.message()
+        world.change("weekly", ann=7)
+        world.change(bob=8)
+        assert scores_of(weekly.message()) == [("ann", 7)]
+        assert scores_of(main.message()) == [("bob", 8)]
+
+
+def test_without_scores_only_named_players_are_told_of(world: World) -> None:
+    with Watcher(world.server, "scores=none&players=bob") as watcher:
+        watcher.message()
+        world.change(ann=1, bob=2)
+        told = [watcher.until(type="scoreUpdate")]
+        world.change(bob=3)
+        told.append(watcher.until(type="scoreUpdate"))
+        assert [update["playerId"] for update in told] == ["bob", "bob"]
+        assert told[1]["newScore"] == 3
+
+
+def test_nonsense_in_the_topic_stops_nothing(world: World) -> None:
+    with Watcher(world.server) as watcher:
+        watcher.message()
+        for value in (b"", b"nonsense", b"{}", b'{"board":5}', None):
+            world._producer.produce(world._topic, value)
+        world.change(ann=5)
+        assert scores_of(watcher.message()) == [("ann", 5)]
+
+
+def test_update_reaches_watchers_through_outbox_relay_and_kafka(world: World) -> None:
+    relay = SyncProcess(world.directory, world.settings, "relay")
+    relay.start()
+    try:
+        with Watcher(world.server) as watcher:
+            watcher.until(type="leaderboardUpdate")
+            player = new_player()
+            assert post(world.server, player, 5).status == 200
+            assert watcher.until(type="scoreUpdate", playerId=player)["newScore"] == 5
+            with connect(world.redis) as client:
+                wait_until(lambda: client.xlen("outbox") == 0)
+    finally:
+        relay.stop()
+
+
+# ---------------------------------------------------------------------- what a client may say
+
+
+def test_subscribe_is_answered_with_current_scores_and_followed(world: World) -> None:
+    world.set_scores(ann=5, bob=6)
+    with Watcher(world.server, "scores=none") as watcher:
+        watcher.message()
+        watcher.ask(type="subscribe", players=["ann", "nobody"])
+        assert watcher.message() == {"type": "scoreUpdate", "board": "main", "playerId": "ann", "newScore": 5}
+        world.change(ann=7)
+        assert watcher.until(type="scoreUpdate", playerId="ann")["newScore"] == 7
+        watcher.ask(type="unsubscribe", players=["ann", "stranger"])
+        watcher.ask(type="subscribe", players=["bob"])
+        assert watcher.message()["playerId"] == "bob"
+        world.change(ann=8)
+        world.change(bob=9)
+        assert watcher.until(type="scoreUpdate")["playerId"] == "bob"
+
+
+@pytest.mark.parametrize(
+    ("text", "detail"),
+    [
+        (b"", "."),
+        (b"hello", "."),
+        (b"[]", "expected `object`"),
+        (b"{}", "type"),
+        (b'{"type":"dance"}', "dance"),
+        (b'{"type":"subscribe"}', "players"),
+        (b'{"type":"subscribe","players":"ann"}', "expected `array`"),
+        (b'{"type":"subscribe","players":[5]}', "expected `str`"),
+        (b'{"type":"subscribe","players":[""]}', "ids of 1 to 128 characters"),
+        (b"[" * 100, "."),
+    ],
+)
+def test_nonsense_is_answered_with_an_error(world: World, text: bytes, detail: str) -> None:
+    with Watcher(world.server) as watcher:
+        watcher.message()
+        watcher.send_text(text)
+        error = watcher.message()
+        assert error["type"] == "error"
+        assert re.search(detail, error["detail"], re.IGNORECASE)
+        watcher.ask(type="subscribe", players=["ann"])
+        world.change(ann=5)
+        assert watcher.until(type="scoreUpdate", playerId="ann")
+
+
+def test_more_than_a_hundred_names_are_an_error(world: World) -> None:
+    with Watcher(world.server, "players=" + ",".join(f"p{number}" for number in range(95))) as watcher:
+        watcher.message()
+        watcher.ask(type="subscribe", players=["a", "b", "c", "d", "e"])
+        watcher.ask(type="subscribe", players=["f"])
+        assert watcher.until(type="error")["detail"] == "players: expected at most 100, got 101"
+
+
+def test_nonsense_without_end_is_closed(world: World) -> None:
+    with Watcher(world.server) as watcher:
+        watcher.message()
+        for _ in range(21):
+            watcher.send_text(b"nonsense")
+        for _ in range(20):
+            assert watcher.message()["type"] == "error"
+        opcode, payload = watcher.frame()
+        assert (opcode, payload[:2]) == (CLOSE, (1008).to_bytes(2, "big"))
+
+
+# ---------------------------------------------------------------------- slow clients
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    found = re.search(rf"^{name} (\S+)$", get(server, "/metrics").body.decode(), re.MULTILINE)
+    assert found, f"no metric {name}"
+    return float(found[1])
+
+
+def test_client_that_stops_reading_lags_alone_and_gets_a_resync_when_it_reads_again(world: World) -> None:
+    names = [f"{'long' * 30}{number}" for number in range(100)]
+    world.set_scores(**dict.fromkeys(names, 1))
+    with (
+        Watcher(world.server, "limit=100&players=ann", receive_buffer_bytes=4096) as slow,
+        Watcher(world.server) as quick,
+    ):
+        slow.message()
+        quick.message()
+        score = 1
+        while metric(world.server, "scoreboard_live_lagging") == 0:
+            score += 1
+            assert score < 200, "it never lagged"
+            world.change(**dict.fromkeys(names[:50], score))
+            assert quick.until(type="leaderboardUpdate")["topScores"][0]["score"] == score
+        world.change(ann=9_000)
+        assert quick.until(type="leaderboardUpdate")["topScores"][0]["playerId"] == "ann"
+
+        resync = slow.until(resync=True)
+        assert scores_of(resync)[0] == ("ann", 9_000)
+        assert slow.until(type="scoreUpdate", playerId="ann")["newScore"] == 9_000
+        world.change(ann=9_001)
+        assert slow.until(type="leaderboardUpdate")["topScores"][0]["score"] == 9_001
+    assert metric(world.server, "scoreboard_live_lagging") == 0
+
+
+# ---------------------------------------------------------------------- staleness
+
+
+def test_board_is_called_stale_while_the_outbox_is_not_emptied_and_still_moves(world: World) -> None:
+    player = new_player()
+    with Watcher(world.server) as watcher:
+        watcher.message()
+        assert post(world.server, player, 5).status == 200  # nobody relays it
+        assert watcher.until(type="status") == {"type": "status", "live": False}
+        with Watcher(world.server) as late:
+            assert late.until(type="status")["live"] is False
+            assert late.until(type="leaderboardUpdate")
+        world.set_scores(zoe=99)  # without a word, and without an event
+        assert ("zoe", 99) in scores_of(wait_for_list(watcher, "zoe"))
+        with connect(world.redis) as client:
+            client.xtrim("outbox", maxlen=0, approximate=False)
+        assert watcher.until(type="status")["live"] is True
+
+
+def test_client_that_lagged_through_a_change_of_status_is_told(world: World) -> None:
+    names = [f"{'long' * 30}{number}" for number in range(100)]
+    world.set_scores(**dict.fromkeys(names, 1))
+    with Watcher(world.server, "limit=100", receive_buffer_bytes=4096) as slow:
+        slow.message()
+        score = 1
+        while metric(world.server, "scoreboard_live_lagging") == 0:
+            score += 1
+            assert score < 200, "it never lagged"
+            world.change(**dict.fromkeys(names[:50], score))
+        assert post(world.server, new_player(), 5).status == 200  # nobody relays it
+        wait_until(lambda: not get(world.server, "/readyz").json()["live"]["ok"])
+        assert slow.until(resync=True)
+        assert slow.until(type="status")["live"] is False
+        with connect(world.redis) as client:
+            client.xtrim("outbox", maxlen=0, approximate=False)
+        assert slow.until(type="status")["live"] is True
+
+
+def test_server_without_kafka_says_so_and_reads_once_a_second(
+    tmp_path: Path, fresh_redis: Callable[..., RedisServer]
+) -> None:
+    redis = fresh_redis()
+    with connect(redis) as client:
+        trust(client)
+        server = ServerProcess(tmp_path, {"REDIS_PORT": str(redis.port), "KAFKA_BROKERS": f"127.0.0.1:{free_port()}"})
+        server.start()
+        try:
+            wait_until_writable(server)
+            with Watcher(server) as watcher:
+                assert watcher.until(type="status")["live"] is False
+                assert post(server, "ann", 5).status == 200
+                assert ("ann", 5) in scores_of(wait_for_list(watcher, "ann"))
+        finally:
+            server.stop()
+
+
+def wait_for_list(watcher: Watcher, player: str) -> dict[str, Any]:
+    while True:
+        message = watcher.until(type="leaderboardUpdate")
+        if any(name == player for name, _ in scores_of(message)):
+            return message
+
+
+# ---------------------------------------------------------------------- the process
+
+
+def test_stop_says_goodbye_to_every_watcher(world: World) -> None:
+    server = world.new_server()
+    server.start()
+    watchers = []
+    try:
+        wait_until_writable(server)
+        watchers = [Watcher(server) for _ in range(5)]
+        for watcher in watchers:
+            watcher.until(type="leaderboardUpdate")
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        for watcher in watchers:
+            opcode, payload = TEXT, b""
+            while opcode == TEXT:
+                opcode, payload = watcher.frame()
+            assert (opcode, payload) == (CLOSE, b"\x03\xe9restarting")
+        stopping.join()
+        assert server.status == 0
+        said = server.output_tail(1000)
+        assert not re.search("Traceback|never awaited|destroyed|Warning|Exception ignored", said), said
+    finally:
+        for watcher in watchers:
+            watcher.close()
+        server.stop()
