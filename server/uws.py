@@ -504,14 +504,15 @@ def _data(_res: Any, chunk: Any, length: int, last: bool, user_data: Any) -> Non
 
 _on_aborted: Final = ffi.callback("void(uws_res_t*, void*)", _aborted, onerror=_report)
 _on_data: Final = ffi.callback("void(uws_res_t*, const char*, size_t, bool, void*)", _data, onerror=_report)
-
-
 _all_headers: list[tuple[bytes, bytes]] = []
+"""Of the request that `joined_header` looks at: filled and read within one call."""
 
 
-@ffi.callback("void(const char*, size_t, const char*, size_t, void*)", onerror=_report)
-def _on_header(name: Any, name_length: int, value: Any, value_length: int, _user_data: Any) -> None:
+def _header(name: Any, name_length: int, value: Any, value_length: int, _user_data: Any) -> None:
     _all_headers.append((_copy(name, name_length), _copy(value, value_length)))
+
+
+_on_header: Final = ffi.callback("void(const char*, size_t, const char*, size_t, void*)", _header, onerror=_report)
 
 
 def _adopt(loop: asyncio.AbstractEventLoop) -> None:
