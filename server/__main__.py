@@ -81,6 +81,7 @@ async def _serve(settings: config.Settings) -> int:
     await server.drain(DRAIN_GRACE_S)
     live.stop()
     connecting.cancel()
+    await database.close()
     return 0
 
 

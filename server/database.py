@@ -56,6 +56,11 @@ class Database:
         )
         await self._pool.open()
 
+    async def close(self) -> None:
+        """Close the pool."""
+        if self._pool is not None:
+            await self._pool.close()
+
     async def top(self, board: str, limit: int) -> list[Entry]:
         """The board's first `limit` players, highest first; at most MAX_AGE_S old.
 
