@@ -97,6 +97,19 @@ class World:
             self._producer.produce(self._topic, encode_event(event), player.encode())
         assert self._producer.flush(10) == 0
 
+    def settle(self) -> None:
+        """Wait until every event so far has come through: what is behind it in each partition has."""
+        with Watcher(self.server) as watcher:
+            watcher.until(type="leaderboardUpdate")  # what comes before its snapshot is in it
+            self.set_scores(settled0=1, settled1=1)
+            for partition in range(2):
+                event = ScoreEvent("1-0-0", "main", f"settled{partition}", 1, 1, 1)
+                self._producer.produce(self._topic, encode_event(event), partition=partition)
+            assert self._producer.flush(10) == 0
+            seen: set[str] = set()
+            while not seen >= {"settled0", "settled1"}:
+                seen.add(watcher.until(type="scoreUpdate")["playerId"])
+
     def change(self, board: str = "main", **scores: int) -> None:
         """Change Redis and say so."""
         self.set_scores(board, **scores)
@@ -131,6 +144,7 @@ def load_settings(world: World) -> Any:
 @pytest.fixture
 def world(running_world: World) -> Iterator[World]:
     """The world with both boards empty, and in the end nobody left watching."""
+    running_world.settle()
     with connect(running_world.redis) as client:
         for key in client.scan_iter("*player:*"):
             client.delete(key)
@@ -340,7 +354,7 @@ def test_nonsense_is_answered_with_an_error(world: World, text: bytes, detail: s
         watcher.message()
         watcher.send_text(text)
         error = watcher.message()
-        assert error["type"] == "error"
+        assert error["type"] == "error", error
         assert re.search(detail, error["detail"], re.IGNORECASE)
         watcher.ask(type="subscribe", players=["ann"])
         world.change(ann=5)
@@ -448,6 +462,7 @@ def test_server_without_kafka_says_so_and_reads_once_a_second(
         server = ServerProcess(tmp_path, {"REDIS_PORT": str(redis.port), "KAFKA_BROKERS": f"127.0.0.1:{free_port()}"})
         server.start()
         try:
+            assert get(server, "/readyz").json()["live"] == {"ok": False}, "not even in its first second"
             wait_until_writable(server)
             with Watcher(server) as watcher:
                 assert watcher.until(type="status")["live"] is False

@@ -1,6 +1,6 @@
 """A server with a route for every way to hurt server.uws; tests/test_uws.py runs it as a child process.
 
-`python -m tests.uws_app PORT [gc]`; with `gc` the collector is forced every few milliseconds.
+`python -m tests.uws_app PORT [gc]`; with `gc` the collector is forced every 20 ms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.uws import Request, Server, Socket
 MAX_BODY_BYTES = 16_384
 MAX_BACKPRESSURE_BYTES = 1 << 20
 TIMEOUT_S = 1.0
-GC_INTERVAL_S = 0.005
+GC_INTERVAL_S = 0.02
 GRACE_S = 5.0
 TOPIC = b"all"
 CHUNK = b"x" * 65_536
@@ -125,6 +125,8 @@ async def serve(port: int, force_gc: bool) -> int:
         request.answer(b"200 OK", json.dumps(fields).encode())
 
     def state(request: Request) -> None:
+        if request.query == "collect":
+            gc.collect()
         collections = gc.get_stats()[2]["collections"]
         fields = {"pid": os.getpid(), "collections": collections, "pending": len(server.pending)}
         fields |= {"sockets": len(server.sockets), "states": len(server._states), **events.seen}
@@ -157,7 +159,7 @@ async def serve(port: int, force_gc: bool) -> int:
     server.route("/*", {"*": unknown})
     server.listen("127.0.0.1", port)
     if force_gc:
-        gc.set_threshold(10)
+        gc.set_threshold(100)
 
         def collect() -> None:
             gc.collect()
