@@ -1,7 +1,7 @@
 """The live board: Kafka's events in, WebSocket messages out.
 
-A thread reads Kafka and tells the loop which players changed; the hub decides what to read and what to send; this
-module carries it out, one shard per turn of the loop, so that a flush to thousands never holds up a POST.
+The event feed says which players changed; the hub decides what to read and what to send; this module carries it
+out, one shard per turn of the loop, so that a flush to thousands never holds up a POST.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import secrets
-import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any, Final
 
-import confluent_kafka
 import msgspec
 
 from server.config import Settings
 from server.errors import CloseCode, Problem
+from server.event_feed import EventFeed
 from server.hub import Hub, Publish, Read, Send, Watcher, error_message, status_message
 from server.keys import Keys
 from server.scores import Scores, entries_of
@@ -41,10 +39,6 @@ READ_RETRY_MS: Final = 250
 STALE_OUTBOX_MS: Final = 2000
 """Age of the outbox's oldest entry at which events count as not arriving."""
 
-POLL_S: Final = 0.5
-PARTITION_CHECK_S: Final = 10.0
-_BATCH: Final = 1000
-
 _log = logging.getLogger(__name__)
 
 
@@ -59,118 +53,11 @@ class _Unsubscribe(msgspec.Struct, tag_field="type", tag="unsubscribe"):
 _decode_message = msgspec.json.Decoder(_Subscribe | _Unsubscribe).decode
 
 
-class _Changed(msgspec.Struct, rename="camel", gc=False):
-    """What the live board needs of an event."""
-
-    board: str
-    player_id: str
-
-
-_decode_changed = msgspec.json.Decoder(_Changed).decode
-
-
-class EventFeed(threading.Thread):
-    """Reads the topic from its end, in a thread of its own, and hands over who changed.
-
-    Belongs to no consumer group: every server feeds its own sockets.
-    """
-
-    def __init__(self, settings: Settings, live: Live) -> None:
-        super().__init__(name="event-feed", daemon=True)
-        self.connected = False
-        self._settings = settings
-        self._live = live
-        self._loop = asyncio.get_running_loop()
-        self._stopped = threading.Event()
-        self._partitions = 0
-
-    def run(self) -> None:
-        """threading: until `stop`."""
-        consumer = confluent_kafka.Consumer(
-            {
-                "bootstrap.servers": self._settings.kafka_brokers,
-                "group.id": f"scoreboard-live-{secrets.token_hex(4)}",  # never joined: partitions are assigned here
-                "enable.auto.commit": False,
-                "auto.offset.reset": "latest",
-                "fetch.wait.max.ms": self._settings.kafka_fetch_wait_ms,
-                "queued.max.messages.kbytes": 2048,
-                "error_cb": self._on_error,
-                "logger": _log,
-            }
-        )
-        check_s = 0.0
-        while not self._stopped.is_set():
-            if time.monotonic() >= check_s:
-                check_s = time.monotonic() + (PARTITION_CHECK_S if self._look_for_partitions(consumer) else 1.0)
-            if self._partitions == 0:
-                self._stopped.wait(POLL_S)
-                continue
-            # consume() waits until it has as many as it was asked for: so first one, then whatever is there.
-            if first := consumer.consume(1, POLL_S):
-                self._hand_over(first + consumer.consume(_BATCH, 0))
-        consumer.close()
-
-    def stop(self) -> None:
-        """End the thread soon."""
-        self._stopped.set()
-
-    def _on_error(self, error: confluent_kafka.KafkaError) -> None:
-        if error.code() == confluent_kafka.KafkaError._ALL_BROKERS_DOWN:
-            self.connected = False
-        _log.warning("Kafka: %s", error)
-
-    def _look_for_partitions(self, consumer: Any) -> bool:
-        """Assign partitions not seen before: all from their end at first, later ones from their beginning."""
-        topic = self._settings.kafka_topic
-        try:
-            metadata = consumer.list_topics(topic, timeout=5).topics[topic]
-            if metadata.error is not None:
-                raise confluent_kafka.KafkaException(metadata.error)
-            first = self._partitions == 0
-            new = [
-                confluent_kafka.TopicPartition(topic, number, self._end(consumer, number) if first else 0)
-                for number in range(self._partitions, len(metadata.partitions))
-            ]
-        except confluent_kafka.KafkaException as error:
-            self.connected = False
-            _log.warning("live updates wait for the topic %s: %s", topic, error)
-            return False
-        if new:
-            consumer.incremental_assign(new)
-            self._partitions += len(new)
-            # What happened before the ends were known is in Redis, but in no event to come.
-            self._loop.call_soon_threadsafe(self._live.read_all_again)
-        self.connected = True
-        return True
-
-    def _end(self, consumer: Any, partition: int) -> int:
-        where = confluent_kafka.TopicPartition(self._settings.kafka_topic, partition)
-        offsets: tuple[int, int] = consumer.get_watermark_offsets(where, timeout=5)
-        return offsets[1]
-
-    def _hand_over(self, records: list[Any]) -> None:
-        if not self._live.watched:
-            return
-        changed = set()
-        for record in records:
-            if record.error() is not None:
-                _log.warning("Kafka: %s", record.error())
-                continue
-            try:
-                event = _decode_changed(record.value())
-            except (msgspec.DecodeError, TypeError):
-                continue  # the persister counts and keeps what cannot be read
-            changed.add((event.board, event.player_id))
-        if changed:
-            self._loop.call_soon_threadsafe(self._live.changed, changed)
-
-
 class Live:
     """The WebSocket route, and the flushes that feed it."""
 
     def __init__(self, settings: Settings, keys: Keys, scores: Scores) -> None:
-        self.is_live = True
-        self.watched = False
+        self.is_live = False  # until Kafka was reached
         self.flushes = 0
         self.resyncs = 0
         self._settings = settings
@@ -178,7 +65,7 @@ class Live:
         self._scores = scores
         self._hub = Hub(settings.live_interval_ms)
         self._loop = asyncio.get_running_loop()
-        self._feed = EventFeed(settings, self)
+        self._feed = EventFeed(settings, self.changed, self.read_all_again)
         self._publish_to_topic: Any = None
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
@@ -214,7 +101,7 @@ class Live:
         watcher: Watcher = connection.state
         watcher.connection = connection
         self._hub.join(watcher)
-        self.watched = True
+        self._feed.watch(True)
         self._tell_status(watcher)
         self._schedule()
 
@@ -244,7 +131,7 @@ class Live:
     def closed(self, connection: Socket) -> None:
         """Nothing is owed to it any more."""
         self._hub.leave(connection.state)
-        self.watched = self._hub.watchers > 0
+        self._feed.watch(self._hub.watchers > 0)
 
     def _complain(self, connection: Socket, detail: str) -> None:
         watcher: Watcher = connection.state
