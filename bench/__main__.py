@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,17 @@ def run_load(stack: Stack, name: str, script: str, connections: int, seconds: fl
         "relayed_after_s": relayed_s,
         "persisted_after_s": persisted_s,
     }
+
+
+def run_load_without_persister(stack: Stack, name: str, script: str, connections: int, seconds: float) -> Figures:
+    """A run during which the persister is paused: what server, Redis, relay and Kafka do by themselves."""
+    stack.persister.pause()
+    resume = threading.Timer(seconds + 1, stack.persister.resume)
+    resume.start()
+    try:
+        return run_load(stack, name, script, connections, seconds)
+    finally:
+        resume.join()
 
 
 def run_latency(stack: Stack, seconds: float) -> Figures:
@@ -107,6 +119,7 @@ def measure(stack: Stack, seconds: float) -> Figures:
     runs = [
         run_load(stack, "POST /update-score, 64 connections", posts, 64, seconds),
         run_load(stack, "POST /update-score, 256 connections", posts, 256, seconds),
+        run_load_without_persister(stack, "POST, 64 connections, persister paused", posts, 64, seconds),
         run_load(stack, "GET /leaderboard, 64 connections", wrk.gets(), 64, seconds, "/leaderboard?limit=10"),
         run_latency(stack, seconds),
     ]

@@ -31,10 +31,11 @@ DRAIN_WITHIN_S: Final = 5.0
 SILENT_AFTER_S: Final = 5.0
 """How long Kafka may confirm nothing of what is owed before that is worth a line in the log."""
 
-LONGEST_GATHER_S: Final = 0.005
+LONGEST_GATHER_S: Final = 0.02
 GATHER_S_PER_RATE: Final = 0.002 / 1000
-"""Entries gather for 2 ms per 1000 events/s, 5 ms at most: a lone event leaves at once, while a load costs fewer
-reads, and fewer requests to the broker, than it has entries."""
+"""Entries gather for 2 ms per 1000 events/s, 20 ms at most: a lone event leaves at once, while a load costs fewer
+reads, and fewer requests to the broker, than it has entries. (A request carries one partition, and costs the broker
+far more than the events in it.)"""
 
 TRIM_EVERY_S: Final = 0.02
 LOOK_EVERY_S: Final = 0.005

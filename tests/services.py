@@ -54,7 +54,7 @@ class KafkaBroker(Service):
         self.port = port or free_port()
         self.data = data
         self._properties = data / "server.properties"
-        self._java = ["java", "-Xmx512m", "-XX:+UseSerialGC", "-cp", f"{kafka_jars()}/*"]
+        self._java = ["java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{kafka_jars()}/*"]
         super().__init__("Kafka", [*self._java, "kafka.Kafka", str(self._properties)], log=data / "kafka.log")
 
     @property
