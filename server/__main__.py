@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -39,6 +40,7 @@ async def _serve(settings: config.Settings) -> int:
     from server.database import Database
     from server.keys import Keys
     from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
+    from server.rebuild import verify
     from server.routes import Routes
     from server.scores import Scores
 
@@ -52,7 +54,7 @@ async def _serve(settings: config.Settings) -> int:
     scores = Scores(
         settings,
         keys,
-        database,
+        functools.partial(verify, keys, database),
         on_outcome=routes.on_outcome,
         on_problem=routes.on_problem,
         on_page=routes.on_page,
@@ -135,7 +137,7 @@ def migrate(argv: list[str]) -> int:
 
 def dev(argv: list[str]) -> int:
     """Run everything on this machine."""
-    from server.embedded import dev as run
+    from server.dev import dev as run
 
     return run(argv)
 

@@ -296,10 +296,3 @@ class MockKafka:
     def stop(self) -> None:
         """Forget everything that was in it."""
         self._cluster, self.brokers = None, ""
-
-
-def dev(argv: list[str]) -> int:
-    """`scoreboard dev`, which is in server/dev.py."""
-    from server.dev import dev as run
-
-    return run(argv)

@@ -32,9 +32,7 @@ _pack = msgspec.msgpack.Encoder().encode
 _log = logging.getLogger(__name__)
 
 
-async def verify(
-    connection: RedisConnection, keys: Keys, database: Database, on_rebuild: Callable[[], None] = lambda: None
-) -> str:
+async def verify(keys: Keys, database: Database, connection: RedisConnection, on_rebuild: Callable[[], None]) -> str:
     """The epoch that batches over this connection carry, once Redis can be trusted.
 
     Raises NotReady when it cannot be for now, ConnectionError when it is gone. `on_rebuild` is called before a
@@ -58,11 +56,6 @@ async def verify(
         return next_epoch
     finally:
         await connection.execute("EVAL", _RELEASE, 1, keys.rebuild_lock, token)
-
-
-async def distrust(connection: RedisConnection, keys: Keys) -> None:
-    """Take the marker away: every server stops, and one of them rebuilds."""
-    await connection.execute("DEL", keys.ready)
 
 
 async def _check_process(connection: RedisConnection) -> bytes:

@@ -13,7 +13,7 @@ import enum
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -21,11 +21,10 @@ import hiredis
 import msgspec
 
 from server.config import Settings
-from server.database import Database, Entry
+from server.database import Entry
 from server.errors import NotReady, Problem, ScoreboardError, not_applied, outcome_unknown
 from server.events import MAX_BATCH
 from server.keys import BoardKeys, Keys
-from server.rebuild import distrust, verify
 from server.redis_connection import RedisConnection, open_connection, pack
 
 RETRY_S: Final = 0.2
@@ -62,6 +61,9 @@ class Waiter(Protocol):
 OnOutcome = Callable[[Any, int, int], None]
 OnProblem = Callable[[Any, Problem], None]
 OnPage = Callable[[Any, bytes | None], None]
+
+Verify = Callable[[RedisConnection, Callable[[], None]], Awaitable[str]]
+"""Makes sure that the Redis behind a new connection can be trusted, and says the epoch; calls back before a rebuild."""
 
 
 class _Batch:
@@ -149,7 +151,7 @@ class Scores:
         self,
         settings: Settings,
         keys: Keys,
-        database: Database,
+        verify: Verify,
         *,
         on_outcome: OnOutcome,
         on_problem: OnProblem,
@@ -162,7 +164,7 @@ class Scores:
         self.outbox_oldest_ms: int | None = None
         self._settings = settings
         self._keys = keys
-        self._database = database
+        self._verify = verify
         self._on_outcome = on_outcome
         self._on_problem = on_problem
         self._on_page = on_page
@@ -376,7 +378,7 @@ class Scores:
         self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
         async with asyncio.timeout(VERIFY_TIMEOUT_S) as timeout:
             # A rebuild takes as long as it takes; its own steps notice when Redis is gone.
-            epoch = await verify(connection, self._keys, self._database, lambda: timeout.reschedule(None))
+            epoch = await self._verify(connection, lambda: timeout.reschedule(None))
         self._go(epoch)
 
     def _go(self, epoch: str) -> None:
@@ -425,7 +427,7 @@ class Scores:
 
         async def take_marker() -> None:
             try:
-                await distrust(connection, self._keys)
+                await connection.execute("DEL", self._keys.ready)
             except (ConnectionError, hiredis.HiredisError) as error:
                 _log.warning("cannot take the marker away: %s", error)
             self._suspect("a damaged board is being rebuilt")

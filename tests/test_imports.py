@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "keys", "config", "database"}
-CORE = {"hub", "auth", "scores", "uws", "metrics", "redis_connection"}
+CORE = {"hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed"}
 UPPER = {"live", "routes", "rebuild"}
 PROCESSES = {"supervisor", "embedded"}  # child processes: apart from everything that serves
 COMMANDS = {"__main__", "dev", "dev_screen", "demo"}
@@ -47,14 +47,13 @@ def test_server_imports_point_one_way(path: Path) -> None:
     name = path.stem
     known = GROUND | CORE | UPPER | PROCESSES | COMMANDS | {"__init__"}
     assert name in known, f"a new module: say in this test where server/{name}.py stands"
-    # scores waits for a connection that rebuild has verified: the one arrow that points upwards.
     allowed = known if name in COMMANDS else GROUND
     if name in CORE:
-        allowed = GROUND | CORE | ({"rebuild"} if name == "scores" else set())
+        allowed = GROUND | CORE
     elif name in UPPER:
         allowed = GROUND | CORE | ({"live"} if name == "routes" else set())
     elif name in PROCESSES:
-        allowed = GROUND | PROCESSES | {"dev"}  # embedded.dev only hands on
+        allowed = GROUND | PROCESSES
     assert siblings(path, "server") <= allowed
     if name not in COMMANDS:
         assert not siblings(path, "sync")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
@@ -19,6 +20,7 @@ from server.embedded import RedisServer
 from server.errors import Problem
 from server.events import OUTBOX_FIELD, events_of_entry
 from server.keys import Keys
+from server.rebuild import verify
 from server.scores import Outcome, Scores
 from sync import store
 
@@ -129,7 +131,7 @@ async def bench(
     scores = Scores(
         Settings(redis_port=port, request_deadline_ms=DEADLINE_MS, rate_limit_per_second=0, **settings),
         KEYS,
-        database,
+        functools.partial(verify, KEYS, database),
         on_outcome=lambda request, outcome, value: request.take((outcome, value)),
         on_problem=lambda request, problem: request.take(problem),
         on_page=lambda request, page: request.take(page),
