@@ -92,11 +92,13 @@ class Wire:
 
     def is_silent(self, for_s: float) -> bool:
         """Whether nothing comes, and the connection stays, for that long."""
+        if self._unread:
+            return False
         self._socket.settimeout(for_s)
         try:
             self._receive()
         except TimeoutError:
-            return not self._unread
+            return True
         except EOFError:
             return False
         finally:
