@@ -1,10 +1,12 @@
 -- Applies one batch of updates of one board: all of it, or nothing.
 --
 -- KEYS[1] the outbox; in a cluster it routes the call, and every other key shares its slot.
--- ARGV[1] MessagePack: [ready, session, leaderboard, board, epoch, number, players, score keys, deltas, limits];
+-- ARGV[1] MessagePack: [ready, session, leaderboard, board, epoch, number, players, score keys, deltas, limits, keyed];
 --         players, score keys and deltas run in parallel, one place an update. limits is empty, or
 --         [limit key, span_us, rules, subjects, which]: rule which[i], an [interval_us, window_us], counts for
---         subjects[i], and 0 stands for none; no window is longer than span_us.
+--         subjects[i], and 0 stands for none; no window is longer than span_us. keyed is empty, or
+--         [answer key, count key, ttl_s, cap, names, fingerprints, counted]: names[i] is the idempotency key of update
+--         i, '' stands for none; counted[i] is whose number of keys may not pass the cap, '' for nobody's.
 -- Reply   MessagePack, flat: state, then two a piece: outcome, value (as named below).
 --
 -- It reads and decides first and writes last. Redis does not roll back, so no write may fail behind another:
@@ -13,11 +15,13 @@
 
 local STATE_APPLIED, STATE_COLD, STATE_STALE = 0, 1, 2
 local APPLIED, LIMITED, OUT_OF_RANGE, DAMAGED = 0, 1, 2, 3   -- value: new score, wait in µs, old score, 0
+local REPLAYED, REUSED, CROWDED = 4, 5, 6                    -- value: the score answered first, 0, 0
+local FINGERPRINT = 16                                       -- characters, before the score in a kept answer
 local MAX_SCORE = 9007199254740991                           -- 2^53-1: doubles count exactly up to here
 local SESSION_TTL_S = 3600
 local call = redis.call
 
-local ready, session, leaderboard, board, epoch, number, players, score_keys, deltas, limits =
+local ready, session, leaderboard, board, epoch, number, players, score_keys, deltas, limits, keyed =
     unpack(cmsgpack.unpack(ARGV[1]))
 
 if call('HGET', ready, 'epoch') ~= epoch then
@@ -49,10 +53,34 @@ if limit_key then
         arrivals[subjects[i]] = tonumber(current[i] or previous[i]) or 0
     end
 end
+local answer_key, count_key, ttl_s, cap, names, fingerprints, counted = unpack(keyed)
+local kept, counts = {}, {}                                  -- by name: answer kept; by subject: how many
+local count_span
+if answer_key then
+    local answer_keys, owners, n = {}, {}, 0
+    for i = 1, #names do
+        if names[i] ~= '' then
+            n = n + 1
+            answer_keys[n], owners[n] = answer_key .. names[i], i
+        end
+    end
+    local answers = call('MGET', unpack(answer_keys))
+    for j = 1, n do kept[names[owners[j]]] = answers[j] end
+    -- How many answers a subject has kept: those of this span, and of the last one what has not expired if it
+    -- made them evenly.
+    local now_s = tonumber(call('TIME')[1])
+    count_span = math.floor(now_s / ttl_s)
+    local current = call('HMGET', count_key .. count_span, unpack(counted))
+    local previous = call('HMGET', count_key .. count_span - 1, unpack(counted))
+    local left = 1 - (now_s % ttl_s) / ttl_s
+    for i = 1, #counted do
+        counts[counted[i]] = {tonumber(current[i]) or 0, (tonumber(previous[i]) or 0) * left}
+    end
+end
 
 -- Decide.
 local reply, changes, accepted = {STATE_APPLIED}, {board}, 1
-local charged = {}
+local charged, fresh, memory = {}, {}, {}
 for i = 1, #players do
     local player, rule = players[i], limit_key and rules[which[i]]
     local outcome, value
@@ -70,6 +98,20 @@ for i = 1, #players do
             charged[subject] = arrival
         end
     end
+    local name = answer_key and names[i] ~= '' and names[i]
+    local count = name and counted[i] ~= '' and counts[counted[i]]
+    if name and not outcome then
+        local answer = kept[name]
+        if answer then
+            if string.sub(answer, 1, FINGERPRINT) == fingerprints[i] then
+                outcome, value = REPLAYED, tonumber(string.sub(answer, FINGERPRINT + 1))
+            else
+                outcome, value = REUSED, 0
+            end
+        elseif count and cap > 0 and count[1] + count[2] >= cap then
+            outcome, value = CROWDED, 0
+        end
+    end
     if not outcome then
         local score = scores[player] or tonumber(stored[i])
         -- Key and member must both be there, or neither: else one was evicted, deleted, or is not ours.
@@ -83,6 +125,12 @@ for i = 1, #players do
                 outcome, value = APPLIED, new
                 scores[player] = new
                 changes[accepted + 1], changes[accepted + 2], changes[accepted + 3] = player, deltas[i], new
+                if name then
+                    kept[name] = fingerprints[i] .. string.format('%.0f', new)
+                    fresh[#fresh + 1] = name
+                    memory[#memory + 1], memory[#memory + 2] = (accepted - 1) / 3, fingerprints[i] .. name
+                    if count then count[1] = count[1] + 1 end
+                end
                 accepted = accepted + 3
             end
         end
@@ -92,7 +140,11 @@ end
 
 -- Write.
 if accepted > 1 then
-    call('XADD', KEYS[1], '*', 'batch', cmsgpack.pack(changes))
+    if #fresh > 0 then
+        call('XADD', KEYS[1], '*', 'batch', cmsgpack.pack(changes), 'memory', cmsgpack.pack(memory))
+    else
+        call('XADD', KEYS[1], '*', 'batch', cmsgpack.pack(changes))
+    end
     local totals, ranks, n = {}, {}, 0
     for i = 1, #players do
         local player = players[i]
@@ -117,6 +169,18 @@ if next(charged) then
     call('HSET', limit_key .. span, unpack(fields))
     call('PEXPIRE', limit_key .. span, math.ceil(3 * span_us / 1000))
     call('UNLINK', limit_key .. span - 2)                    -- expiring it would free it in the foreground
+end
+if #fresh > 0 then
+    for _, name in ipairs(fresh) do call('SET', answer_key .. name, kept[name], 'EX', ttl_s) end
+    local fields = {}
+    for subject, count in pairs(counts) do
+        if subject ~= '' then fields[#fields + 1], fields[#fields + 2] = subject, count[1] end
+    end
+    if #fields > 0 then
+        call('HSET', count_key .. count_span, unpack(fields))
+        call('EXPIRE', count_key .. count_span, 2 * ttl_s)
+        call('UNLINK', count_key .. count_span - 2)
+    end
 end
 local packed = cmsgpack.pack(reply)
 call('SET', session, number .. ' ' .. packed, 'EX', SESSION_TTL_S)

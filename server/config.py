@@ -164,6 +164,15 @@ class Settings:
     rate_limit_writers_burst: int = _setting(
         "RATE_LIMIT_WRITERS_BURST", _integer(1, 1_000_000), 1000, "the same for tokens with scope scores:write"
     )
+    idempotency_ttl_s: int = _setting(
+        "IDEMPOTENCY_TTL_S", _integer(60, 2_592_000), 86_400, "how long an answer is kept for its Idempotency-Key"
+    )
+    idempotency_max_per_subject: int = _setting(
+        "IDEMPOTENCY_MAX_PER_SUBJECT",
+        _integer(0, 1_000_000_000),
+        100_000,
+        "answers kept for one player's tokens, at 230 bytes each; game servers have no limit; 0: nobody has",
+    )
     auth_failures_per_minute: int = _setting(
         "AUTH_FAILURES_PER_MINUTE", _integer(0, 1_000_000), 60, "bad tokens an address may send before 429; 0: no limit"
     )

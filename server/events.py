@@ -28,6 +28,17 @@ PERSISTER_GROUP: Final = "scoreboard-persister"
 OUTBOX_FIELD: Final = b"batch"
 """The one field of an outbox entry: MessagePack `[board, player, delta, score, player, …]`."""
 
+MEMORY_FIELD: Final = b"memory"
+"""Of an entry with idempotent updates: MessagePack `[index, memory, index, …]`."""
+
+MEMORY_HEADER: Final = "idempotency"
+"""Of a record whose request had an Idempotency-Key: its memory, so that a replay restores what is known of retries.
+
+A memory is the payload's fingerprint (FINGERPRINT_LENGTH characters), then server.keys.idempotency_name.
+"""
+
+FINGERPRINT_LENGTH: Final = 16
+
 MAX_SCORE: Final = 2**53 - 1
 """Largest |delta| and |score|: a sorted set keeps doubles, and so does JavaScript."""
 
@@ -115,3 +126,17 @@ def events_of_entry(entry_id: str, payload: bytes) -> list[ScoreEvent]:
     }:
         raise BadEvent("expected text for the board and the players, integers for the rest")
     return events
+
+
+def memories_of_entry(payload: bytes | None) -> dict[int, str]:
+    """By index, the memory of each update that came with an Idempotency-Key.
+
+    Raises BadEvent when it is not what `apply_updates.lua` writes.
+    """
+    if payload is None:
+        return {}
+    try:
+        fields = iter(_decode_entry(payload))
+        return {int(index): str(memory) for index, memory in zip(fields, fields, strict=True)}
+    except (msgspec.DecodeError, ValueError, TypeError) as error:
+        raise BadEvent(str(error)) from error

@@ -16,6 +16,11 @@ def encode_id(raw: str) -> str:
     return raw
 
 
+def idempotency_name(subject: str, key: str) -> str:
+    """An idempotency key as its owner's own: no two subjects share one."""
+    return f"{encode_id(subject)}:{encode_id(key)}"
+
+
 class BoardKeys:
     """The keys of one board."""
 
@@ -35,13 +40,19 @@ class BoardKeys:
 class Keys:
     """The keys that all boards of one deployment share, and the way to each board's own."""
 
-    __slots__ = ("_boards", "_prefix", "outbox", "ratelimit", "ready", "rebuild_lock", "relay_lease")
+    __slots__ = (
+        "_boards", "_prefix", "answer", "answer_count", "outbox", "ratelimit", "ready", "rebuild_lock", "relay_lease",
+    )  # fmt: skip
 
     def __init__(self, prefix: str = "") -> None:
         self._prefix = prefix
         self._boards: dict[str, BoardKeys] = {}
         # A number is appended by the script: one hash per span of time, subject to theoretical arrival time in µs.
         self.ratelimit = f"{prefix}ratelimit:"
+        # Followed by `idempotency_name`: the answer kept for it.
+        self.answer = f"{prefix}idempotency:"
+        # A number is appended by the script: one hash per span of time, subject to how many answers are kept for it.
+        self.answer_count = f"{prefix}idempotency-count:"
         self.outbox = f"{prefix}outbox"
         self.ready = f"{prefix}scoreboard:ready"
         self.rebuild_lock = f"{prefix}scoreboard:rebuild-lock"

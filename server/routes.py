@@ -23,17 +23,20 @@ from server.config import Settings
 from server.database import TOP_LIMIT, Database
 from server.errors import Problem, not_applied
 from server.events import MAX_SCORE
-from server.keys import MAIN_BOARD
+from server.keys import MAIN_BOARD, idempotency_name
 from server.live import Live
-from server.scores import Outcome, Scores, page_json
+from server.scores import IdempotencyKey, Outcome, Scores, fingerprint, page_json
 from server.uws import Handler, Request, Server
 
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_PLAYER: Final = 128
+MAX_IDEMPOTENCY_KEY: Final = 128
 PREFLIGHT_S: Final = 7200
 
+_VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _WEB: Final = Path(__file__).with_name("web")
 _OK: Final = b"200 OK"
+_REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
 _FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
 _EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
 
@@ -96,7 +99,7 @@ class Routes:
     def update_score(self, request: Request) -> None:
         """POST /update-score"""
         forwarded_for = request.joined_header(b"x-forwarded-for") if self._needs_forwarded else b""
-        request.context = (request.header(b"authorization"), forwarded_for)
+        request.context = (request.header(b"authorization"), forwarded_for, request.header(b"idempotency-key"))
         request.read_body(MAX_BODY_BYTES, self._submit)
 
     def _submit(self, request: Request) -> None:
@@ -106,29 +109,42 @@ class Routes:
             self.on_problem(request, problem)
 
     def _submit_checked(self, request: Request) -> None:
-        authorization, forwarded_for = request.context
+        authorization, forwarded_for, raw_key = request.context
         caller = self._caller(request, authorization, forwarded_for)
         change = parse_change(request.body)
         board = change.board or self._default_board
         if board not in self._boards:
             raise Problem(404, f"board: expected one of {', '.join(self._settings.boards)}, got {board[:80]!r}")
-        player = change.player_id
+        player, delta = change.player_id, change.score_delta
         if not self._authenticator.may_write(caller, player):
             raise _forbidden(caller, player)
         subject = self._address(request, forwarded_for) if self._by_address else caller.subject
+        key = None
+        if raw_key:
+            name = idempotency_name(caller.subject, parse_idempotency_key(raw_key))
+            key = IdempotencyKey(name, fingerprint(board, player, delta), "" if caller.is_writer else caller.subject)
         request.context = player
-        self.scores.submit(board, player, change.score_delta, subject, 2 if caller.is_writer else 1, request)
+        self.scores.submit(board, player, delta, subject, 2 if caller.is_writer else 1, request, key)
 
     def on_outcome(self, request: Request, outcome: int, value: int) -> None:
         """Scores: an update was decided."""
         if outcome == Outcome.APPLIED:
             self.counters.count("/update-score", 200)
             request.answer(_OK, _encode(_Result(request.context, value)))
+        elif outcome == Outcome.REPLAYED:
+            self.counters.count("/update-score", 200)
+            request.answer(_REPLAYED, _encode(_Result(request.context, value)))
         elif outcome == Outcome.LIMITED:
             self.on_problem(request, self._limited(value))
         elif outcome == Outcome.OUT_OF_RANGE:
             detail = f"scoreDelta: expected a resulting |score| of at most {MAX_SCORE}; the score is {value}"
             self.on_problem(request, Problem(400, detail))
+        elif outcome == Outcome.REUSED:
+            self.on_problem(request, Problem(422, "Idempotency-Key: expected the payload it came with before"))
+        elif outcome == Outcome.CROWDED:
+            allowed, ttl_s = self._settings.idempotency_max_per_subject, self._settings.idempotency_ttl_s
+            detail = f"Idempotency-Key: expected at most {allowed} different ones in {ttl_s} s"
+            self.on_problem(request, Problem(429, detail, headers=(("Retry-After", "60"),)))
         else:
             self.on_problem(request, not_applied("the board is damaged and being rebuilt"))
 
@@ -334,6 +350,19 @@ def parse_change(body: bytes) -> _Change:
     if not -MAX_SCORE <= delta <= MAX_SCORE:
         raise Problem(400, f"scoreDelta: expected an integer from -{MAX_SCORE} to {MAX_SCORE}, got {str(delta)[:40]}")
     return change
+
+
+def parse_idempotency_key(raw: bytes) -> str:
+    """The key in an Idempotency-Key header.
+
+    Raises Problem 400.
+    """
+    if len(raw) > MAX_IDEMPOTENCY_KEY or not _VISIBLE_ASCII.fullmatch(raw):
+        shown = raw[:40].decode("latin-1")
+        raise Problem(
+            400, f"Idempotency-Key: expected 1 to {MAX_IDEMPOTENCY_KEY} visible ASCII characters, got {shown!r}"
+        )
+    return raw.decode("ascii")
 
 
 def _decode_failure(error: Exception) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import hashlib
 import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import hiredis
 import msgspec
@@ -23,7 +24,7 @@ import msgspec
 from server.config import Settings
 from server.database import Entry
 from server.errors import NotReady, Problem, ScoreboardError, not_applied, outcome_unknown
-from server.events import MAX_BATCH
+from server.events import FINGERPRINT_LENGTH, MAX_BATCH
 from server.keys import BoardKeys, Keys
 from server.redis_connection import RedisConnection, open_connection, pack
 
@@ -50,6 +51,9 @@ class Outcome(enum.IntEnum):
     LIMITED = 1  # how long to wait, in µs
     OUT_OF_RANGE = 2  # the score it would have been added to
     DAMAGED = 3  # nothing: key or member was missing, so a rebuild is needed
+    REPLAYED = 4  # the score answered first: nothing was changed
+    REUSED = 5  # nothing: the idempotency key came with another payload before
+    CROWDED = 6  # nothing: the subject has too many answers kept
 
 
 class Waiter(Protocol):
@@ -66,6 +70,26 @@ Verify = Callable[[RedisConnection, Callable[[], None]], Awaitable[str]]
 """Makes sure that the Redis behind a new connection can be trusted, and says the epoch; calls back before a rebuild."""
 
 
+class IdempotencyKey(NamedTuple):
+    """What a request is remembered by: `name` of server.keys.idempotency_name, and its payload's fingerprint.
+
+    `counted` is the subject whose number of keys is capped, "" when nobody's is.
+    """
+
+    name: str
+    fingerprint: str
+    counted: str
+
+
+_NO_KEY: Final = IdempotencyKey("", "", "")
+
+
+def fingerprint(board: str, player: str, delta: int) -> str:
+    """Tells payloads apart: FINGERPRINT_LENGTH characters."""
+    text = f"{board}\n{player}\n{delta}".encode()  # neither name holds a line end
+    return hashlib.blake2b(text, digest_size=FINGERPRINT_LENGTH // 2).hexdigest()
+
+
 class _Batch:
     """One numbered call of the script, kept until it is answered so that it may be sent again."""
 
@@ -80,7 +104,7 @@ class _Batch:
 class _Updates:
     """Updates in columns, as the script takes them; place i of each column is one update."""
 
-    __slots__ = ("deltas", "players", "score_keys", "subjects", "waiters", "which")
+    __slots__ = ("deltas", "keys", "players", "score_keys", "subjects", "waiters", "which")
 
     def __init__(self) -> None:
         self.waiters: list[Any] = []
@@ -89,6 +113,7 @@ class _Updates:
         self.deltas: list[int] = []
         self.subjects: list[str] = []
         self.which: list[int] = []
+        self.keys: list[IdempotencyKey | None] = []
 
     def split(self, count: int) -> _Updates:
         """Take the first `count` away."""
@@ -192,7 +217,16 @@ class Scores:
 
     # ------------------------------------------------------------------ what the rest of the server calls
 
-    def submit(self, board: str, player: str, delta: int, subject: str, limit: int, waiter: Waiter) -> None:
+    def submit(
+        self,
+        board: str,
+        player: str,
+        delta: int,
+        subject: str,
+        limit: int,
+        waiter: Waiter,
+        key: IdempotencyKey | None = None,
+    ) -> None:
         """Apply one change; `on_outcome` or `on_problem` will be called once with `waiter`.
 
         `limit` says which rule counts for `subject`: 1 that of players, 2 that of game servers.
@@ -215,6 +249,7 @@ class Scores:
         updates.deltas.append(delta)
         updates.subjects.append(subject)
         updates.which.append(limit if self._rules[limit - 1][0] else 0)
+        updates.keys.append(key)
         if lane.in_flight is None:
             self._schedule_flush()
 
@@ -294,7 +329,14 @@ class Scores:
             updates.score_keys,
             updates.deltas,
             limits,
+            self._keyed(updates.keys) if any(updates.keys) else (),
         )
+
+    def _keyed(self, given: list[IdempotencyKey | None]) -> tuple[Any, ...]:
+        keys, settings = self._keys, self._settings
+        names, fingerprints, counted = zip(*(key or _NO_KEY for key in given), strict=True)
+        ttl_s, cap = settings.idempotency_ttl_s, settings.idempotency_max_per_subject
+        return keys.answer, keys.answer_count, ttl_s, cap, names, fingerprints, counted
 
     def _send(self, lane: _Lane, batch: _Batch) -> None:
         assert self._connection is not None

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import redis
 
 from server.config import Settings
-from server.events import OUTBOX_FIELD
+from server.events import MEMORY_FIELD, OUTBOX_FIELD
 
 ENTRIES_AT_FIRST: Final = 16
 MOST_ENTRIES: Final = 1000
@@ -24,10 +24,11 @@ _BEGINNING: Final = "0-0"
 
 
 class Entry(NamedTuple):
-    """A stream id, `ms-seq`, and the bytes of its batch; None if it has no such field."""
+    """A stream id, `ms-seq`, the bytes of its batch, and those of its memory; None where it has no such field."""
 
     entry_id: str
     payload: bytes | None
+    memory: bytes | None = None
 
 
 def connect(settings: Settings) -> redis.Redis:
@@ -91,7 +92,8 @@ class Outbox:
 def _entry(entry_id: bytes, fields: list[bytes]) -> Entry:
     if len(fields) == 2 and fields[0] == OUTBOX_FIELD:
         return Entry(entry_id.decode(), fields[1])
-    return Entry(entry_id.decode(), dict(zip(fields[::2], fields[1::2], strict=True)).get(OUTBOX_FIELD))
+    named = dict(zip(fields[::2], fields[1::2], strict=True))
+    return Entry(entry_id.decode(), named.get(OUTBOX_FIELD), named.get(MEMORY_FIELD))
 
 
 def _next_count(entries: list[Entry]) -> int:

@@ -18,7 +18,15 @@ import redis
 from confluent_kafka import KafkaError, KafkaException
 
 from server.config import Settings
-from server.events import FORMAT_VERSION, BadEvent, ScoreEvent, encode_event, events_of_entry
+from server.events import (
+    FORMAT_VERSION,
+    MEMORY_HEADER,
+    BadEvent,
+    ScoreEvent,
+    encode_event,
+    events_of_entry,
+    memories_of_entry,
+)
 from server.keys import Keys
 from sync.kafka import MAX_IN_FLIGHT, new_producer
 from sync.lease import RENEW_EVERY_S, Lease
@@ -192,18 +200,23 @@ class _Turn:
             if entry.payload is None:
                 raise BadEvent("expected the field `batch`")
             events = events_of_entry(entry.entry_id, entry.payload)
+            memories = memories_of_entry(entry.memory)
         except BadEvent as error:
             self._set_aside(entry, error)
             return
         owed = _Owed(entry.entry_id, len(events))
         self._owed.append(owed)
-        self._produce_events(events, owed)
+        self._produce_events(events, memories, owed)
 
-    def _produce_events(self, events: list[ScoreEvent], owed: _Owed) -> None:
+    def _produce_events(self, events: list[ScoreEvent], memories: dict[int, str], owed: _Owed) -> None:
         produce, topic, answered = self._producer.produce, self._topic, owed.answered
-        for event in events:
+        headers = _HEADERS
+        for index, event in enumerate(events):
+            if memories:
+                memory = memories.get(index)
+                headers = [*_HEADERS, (MEMORY_HEADER, memory)] if memory else _HEADERS
             # Positional: topic, value, key, partition, callback, on_delivery, timestamp, headers.
-            produce(topic, encode_event(event), event.player_id, -1, answered, None, event.at, _HEADERS)
+            produce(topic, encode_event(event), event.player_id, -1, answered, None, event.at, headers)
         self._relay.relayed_events += len(events)
 
     def _set_aside(self, entry: Entry, reason: BadEvent) -> None:

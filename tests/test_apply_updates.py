@@ -11,9 +11,16 @@ import redis as redis_client
 from hypothesis import strategies as st
 
 import server
-from server.events import MAX_SCORE, OUTBOX_FIELD, events_of_entry
-from server.keys import Keys
-from server.scores import Outcome
+from server.events import (
+    FINGERPRINT_LENGTH,
+    MAX_SCORE,
+    MEMORY_FIELD,
+    OUTBOX_FIELD,
+    events_of_entry,
+    memories_of_entry,
+)
+from server.keys import Keys, idempotency_name
+from server.scores import Outcome, fingerprint
 from tests.board_model import BoardModel, Update
 
 pytestmark = pytest.mark.redis
@@ -25,6 +32,8 @@ EPOCH = "7"
 # An interval so long that no time passes within a test.
 LIMITS = [(10**9, 3), (10**9, 8)]
 SPAN_US = 8 * 10**9
+TTL_S = 10**7
+CAP = 5
 
 PLAYERS = ["ann", "bob", "Ζωή", "a:b", "a%3Ab", "100%", 'q"\\', "x" * 128]
 deltas = st.one_of(
@@ -33,7 +42,11 @@ deltas = st.one_of(
 # Each subject has one kind of token, hence one limit.
 subjects = st.sampled_from([("s0", 0), ("s1", 1), ("s:1", 1), ("w1", 2)])
 updates = st.builds(
-    lambda player, delta, subject: Update(player, delta, *subject), st.sampled_from(PLAYERS), deltas, subjects
+    lambda player, delta, subject, key: Update(player, delta, *subject, key),
+    st.sampled_from(PLAYERS),
+    deltas,
+    subjects,
+    st.sampled_from(["", "", "k1", "k2", "k:3", "4", "5", "6", "7"]),
 )
 batches = st.lists(st.lists(updates, min_size=1, max_size=12), min_size=1, max_size=8)
 
@@ -72,9 +85,16 @@ class Session:
             [self.board.score(update.player) for update in batch],
             [update.delta for update in batch],
             limits if any(update.limit for update in batch) else (),
+            self.keyed(batch) if any(update.key for update in batch) else (),
         )
         argument = msgspec.msgpack.encode(arguments)
         return msgspec.msgpack.decode(self.script(keys=[self.keys.outbox], args=[argument]))
+
+    def keyed(self, batch: list[Update]) -> tuple[object, ...]:
+        names = [idempotency_name(update.subject, update.key) if update.key else "" for update in batch]
+        fingerprints = [fingerprint(self.board.name, update.player, update.delta) for update in batch]
+        counted = [update.subject if update.key and update.limit != 2 else "" for update in batch]
+        return self.keys.answer, self.keys.answer_count, TTL_S, CAP, names, fingerprints, counted
 
     def outcomes(self, batch: list[Update]) -> list[tuple[int, int]]:
         state, *results = self.send(batch)
@@ -102,6 +122,17 @@ class Session:
         spans = self.client.keys(f"{self.keys.ratelimit}*")
         return {subject.decode() for span in spans for subject in self.client.hkeys(span)}
 
+    def answers(self) -> dict[str, int]:
+        prefix = self.keys.answer
+        return {
+            key.decode().removeprefix(prefix): int(self.client.get(key)[FINGERPRINT_LENGTH:])
+            for key in self.client.keys(f"{prefix}*")
+        }
+
+    def memories(self) -> list[str]:
+        entries = [fields.get(MEMORY_FIELD) for _, fields in self.client.xrange(self.keys.outbox)]
+        return [memory for payload in entries for memory in memories_of_entry(payload).values()]
+
     def everything(self) -> dict[bytes, bytes]:
         return {key: self.client.dump(key) for key in self.client.keys("*")}
 
@@ -111,15 +142,15 @@ def session(redis: redis_client.Redis) -> Session:
     return Session(redis)
 
 
-def add(player: str, delta: int, subject: str = "s0", limit: int = 0) -> Update:
-    return Update(player, delta, subject, limit)
+def add(player: str, delta: int, subject: str = "s0", limit: int = 0, key: str = "") -> Update:
+    return Update(player, delta, subject, limit, key)
 
 
 @hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(batches=batches)
 def test_any_batches_do_what_the_model_does(redis: redis_client.Redis, batches: list[list[Update]]) -> None:
     redis.flushall()
-    session, model = Session(redis), BoardModel(LIMITS)
+    session, model = Session(redis), BoardModel(LIMITS, CAP)
     for batch in batches:
         seen = [(outcome, 0 if outcome == Outcome.LIMITED else value) for outcome, value in session.outcomes(batch)]
         assert seen == model.apply(batch)
@@ -127,6 +158,10 @@ def test_any_batches_do_what_the_model_does(redis: redis_client.Redis, batches: 
     assert {player: session.score(player) for player in model.scores} == model.scores
     assert session.events() == model.events
     assert session.limited() == model.spent.keys()
+    assert session.answers() == {
+        idempotency_name(subject, key): kept.score for (subject, key), kept in model.answers.items()
+    }
+    assert session.memories() == model.memories
 
 
 @hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
