@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
@@ -15,12 +16,12 @@ class Counters:
     """Counts of one server. Incremented on the hot path, so they are attributes and dict entries, nothing more."""
 
     def __init__(self) -> None:
-        self.answers: dict[tuple[str, int], int] = {}
+        self.answers: defaultdict[tuple[str, int], int] = defaultdict(int)
+        """By (route, status)."""
 
     def count(self, route: str, status: int) -> None:
         """One more answer of `status` on `route`."""
-        key = (route, status)
-        self.answers[key] = self.answers.get(key, 0) + 1
+        self.answers[route, status] += 1
 
 
 class ServerMetrics(Collector):

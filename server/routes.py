@@ -37,6 +37,7 @@ _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _WEB: Final = Path(__file__).with_name("web")
 _OK: Final = b"200 OK"
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
+_UPDATED: Final = ("/update-score", 200)
 _FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
 _EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
 
@@ -129,7 +130,7 @@ class Routes:
     def on_outcome(self, request: Request, outcome: int, value: int) -> None:
         """Scores: an update was decided."""
         if outcome == Outcome.APPLIED:
-            self.counters.count("/update-score", 200)
+            self.counters.answers[_UPDATED] += 1
             request.answer(_OK, _encode(_Result(request.context, value)))
         elif outcome == Outcome.REPLAYED:
             self.counters.count("/update-score", 200)
@@ -345,7 +346,7 @@ def parse_change(body: bytes) -> _Change:
     player, delta = change.player_id, change.score_delta
     if not 1 <= len(player) <= MAX_PLAYER:
         raise Problem(400, f"playerId: expected 1 to {MAX_PLAYER} characters, got {len(player)}")
-    if CONTROL_CHARACTERS.search(player):
+    if not player.isprintable() and CONTROL_CHARACTERS.search(player):
         raise Problem(400, f"playerId: expected no control characters, got {player!r}")
     if not -MAX_SCORE <= delta <= MAX_SCORE:
         raise Problem(400, f"scoreDelta: expected an integer from -{MAX_SCORE} to {MAX_SCORE}, got {str(delta)[:40]}")

@@ -180,8 +180,7 @@ class Request:
         """Call `on_body` when all of `body` is there; answers 413 above `limit` bytes and 408 when too slow."""
         self._limit = limit
         self._on_body = on_body
-        self._server.hold(self)
-        lib.uws_res_on_data(SSL, self._res, _on_data, _user_data(self.token))
+        lib.uws_res_on_data(SSL, self._res, _on_data, self._server.hold(self))
 
     @property
     def awaits_body(self) -> bool:
@@ -241,16 +240,23 @@ class Request:
             self._server.hold(self)
 
     def _receive(self, chunk: bytes, last: bool) -> None:
+        if last and not self._received and len(chunk) <= self._limit:  # as nearly always: all of it at once
+            self.body = chunk
+            self._complete()
+            return
         self._received += len(chunk)
         too_large = self._received > self._limit
         self.body = b"" if too_large else self.body + chunk
         if too_large and (last or self._received > DISCARD_BYTES):
             self.problem(Problem(413, f"expected a body of at most {self._limit} bytes, got more", close=True))
         elif last:
-            on_body, self._on_body = self._on_body, None
             self.received_s = time.monotonic()
-            assert on_body is not None
-            self.guard(on_body)
+            self._complete()
+
+    def _complete(self) -> None:
+        on_body, self._on_body = self._on_body, None
+        assert on_body is not None
+        self.guard(on_body)
 
 
 class Socket:
@@ -362,11 +368,16 @@ class Server:
         self._callbacks.append(callback)
         return callback
 
-    def hold(self, request: Request) -> None:
-        """Keep a request that is not answered within its handler; it is let go when answered or aborted."""
-        request.token = next(_tokens)
-        self.pending[request.token] = request
-        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, _user_data(request.token))
+    def hold(self, request: Request) -> Any:
+        """Keep a request that is not answered within its handler; it is let go when answered or aborted.
+
+        Returns the user data that its callbacks get.
+        """
+        request.token = token = next(_tokens)
+        self.pending[token] = request
+        user_data = _cast(_VOID_POINTER, token)
+        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, user_data)
+        return user_data
 
     def _sweep(self) -> None:
         now_s = time.monotonic()
