@@ -45,7 +45,8 @@ async def _serve(settings: config.Settings) -> int:
     from server.scores import Scores
 
     keys = Keys(settings.redis_key_prefix)
-    database = Database(settings.database_url)
+    # A reader gives Redis half of its time, and the database the other.
+    database = Database(settings.database_url, settings.request_deadline_ms / 2000 - 0.05)
     try:
         routes = Routes(settings, Authenticator(settings), database)
     except ConfigError as error:

@@ -20,7 +20,9 @@ TOP_LIMIT: Final = 1000
 MAX_AGE_S: Final = 1.0
 """How long one reading of a board's top serves everybody: at most one query a second and board."""
 
-QUERY_TIMEOUT_S: Final = 1.5
+QUERY_TIMEOUT_S: Final = 1.0
+"""Longest a reading may take, unless said otherwise."""
+
 CHUNK_ROWS: Final = 5000
 
 Entry = tuple[str, int]
@@ -37,8 +39,9 @@ _SCORES = "SELECT board, player_id, score, ver_ms, ver_seq FROM scores"
 class Database:
     """A pool of connections that comes and goes with the database."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, query_timeout_s: float = QUERY_TIMEOUT_S) -> None:
         self._url = url
+        self._query_timeout_s = query_timeout_s
         self._pool: psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]] | None = None
         self._tops: dict[str, tuple[float, list[Entry]]] = {}
         self._readings: dict[str, asyncio.Task[list[Entry]]] = {}
@@ -50,7 +53,7 @@ class Database:
             min_size=0,
             max_size=2,
             open=False,
-            timeout=QUERY_TIMEOUT_S,
+            timeout=self._query_timeout_s,
             reconnect_timeout=5,
             kwargs={"autocommit": True, "connect_timeout": 2, "application_name": "scoreboard-server"},
         )
@@ -74,7 +77,7 @@ class Database:
                 reading = self._readings[board] = asyncio.create_task(self._read_top(board))
                 reading.add_done_callback(lambda done: self._over(board, done))
             # Outside of the query, for one that is cancelled waits for seconds for a server that does not answer.
-            async with asyncio.timeout(QUERY_TIMEOUT_S):
+            async with asyncio.timeout(self._query_timeout_s):
                 entries = await asyncio.shield(reading)
         return entries[:limit]
 
@@ -85,7 +88,7 @@ class Database:
 
     async def _read_top(self, board: str) -> list[Entry]:
         assert self._pool is not None
-        async with asyncio.timeout(QUERY_TIMEOUT_S), self._pool.connection() as connection:
+        async with asyncio.timeout(self._query_timeout_s), self._pool.connection() as connection:
             cursor = await connection.execute(_TOP, (board, TOP_LIMIT))
             entries = [(player, score) for player, score in await cursor.fetchall()]
         self._tops[board] = (time.monotonic(), entries)

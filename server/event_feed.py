@@ -25,6 +25,9 @@ CHECK_INTERVAL_S: Final = 10.0
 
 RETRY_INTERVAL_S: Final = 1.0
 ANSWER_WITHIN_S: Final = 5.0
+OVERLAP_S: Final = 5.0
+"""How much of the past to read first: what is said twice does no harm."""
+
 _BATCH: Final = 1000
 
 _log = logging.getLogger(__name__)
@@ -127,16 +130,25 @@ class EventFeed(threading.Thread):
         return len(topic.partitions)
 
     def _assign(self, consumer: Any, partitions: int) -> None:
-        """Read all from their ends at first, and partitions added later from their beginnings."""
+        """Read all from about now at first, and partitions added later from their beginnings."""
         name, begin = self._settings.kafka_topic, self._assigned
         added = [TopicPartition(name, number, 0) for number in range(begin, partitions)]
         if begin == 0:
             for partition in added:
                 partition.offset = consumer.get_watermark_offsets(partition, timeout=ANSWER_WITHIN_S)[1]
+            added = self._a_little_earlier(consumer, added)
         consumer.incremental_assign(added)
         self._assigned = partitions
         # What happened before the ends were known is in Redis, but in no event to come.
         self._loop.call_soon_threadsafe(self._on_gap)
+
+    def _a_little_earlier(self, consumer: Any, ends: list[TopicPartition]) -> list[TopicPartition]:
+        """Where to begin so that no change is missed between the first snapshot and the first event."""
+        since_ms = int((time.time() - OVERLAP_S) * 1000)
+        wanted = [TopicPartition(end.topic, end.partition, since_ms) for end in ends]
+        found = consumer.offsets_for_times(wanted, timeout=ANSWER_WITHIN_S)
+        # Nothing that young yet: the end as it was before we asked.
+        return [each if each.offset >= 0 else end for each, end in zip(found, ends, strict=True)]
 
     def _hand_over(self, records: list[Any]) -> None:
         changed = set()

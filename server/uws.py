@@ -407,9 +407,17 @@ class Server:
         """
         assert idle_timeout_s == 0 or 8 <= idle_timeout_s <= 960, "expected idle_timeout_s 0 or 8 to 960"
 
+        def accept_and_upgrade(context: Any) -> Handler:
+            def handle(request: Request) -> None:
+                if self.draining:  # it would never be told to go
+                    raise Problem(503, "restarting", headers=(("Retry-After", "1"),), close=True)
+                self._upgrade(request, context, events.accept(request))
+
+            return handle
+
         def upgrade(res: Any, req: Any, context: Any, _user_data: Any) -> None:
             request = Request(self, res, req)
-            request.guard(lambda request: self._upgrade(request, context, events.accept(request)))
+            request.guard(accept_and_upgrade(context))
 
         def opened(ws: Any, _user_data: Any) -> None:
             token = _token(lib.uws_ws_get_user_data(SSL, ws))

@@ -248,6 +248,19 @@ def test_list_numbers_rise_by_one_with_each_change_of_the_list(world: World) -> 
     assert numbers == list(range(numbers[0], numbers[0] + 6))
 
 
+def test_first_watcher_of_a_server_misses_nothing_behind_its_snapshot(world: World) -> None:
+    server = world.new_server()
+    server.start()
+    try:
+        wait_until_writable(server)
+        with Watcher(server, "scores=none&players=ann") as watcher:
+            watcher.until(type="leaderboardUpdate")
+            world.change(ann=5)
+            assert watcher.until(type="scoreUpdate")["newScore"] == 5
+    finally:
+        server.stop()
+
+
 def test_redis_counts_and_not_what_an_event_says(world: World) -> None:
     world.set_scores(ann=5)
     with Watcher(world.server) as watcher:
