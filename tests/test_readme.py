@@ -124,7 +124,8 @@ def test_curl_examples_work_when_pasted(example_server: str, tmp_path: Path) -> 
         script = script.replace(written, here)
     argv = ["bash", "-euc", script]
     done = subprocess.run(argv, env=environment({}), cwd=ROOT, capture_output=True, text=True, check=True)
-    changed, board, ready = (json.loads(line) for line in done.stdout.splitlines())
+    changed, keyed, board, ready = (json.loads(line) for line in done.stdout.splitlines())
     assert changed == {"playerId": "player123", "newScore": 5}
-    assert board == [{"playerId": "player123", "score": 5}]
+    assert keyed == {"playerId": "player123", "newScore": 10}
+    assert board == [{"playerId": "player123", "score": 10}]
     assert ready["write"] == {"ok": True}
