@@ -77,7 +77,20 @@ class EventFeed(threading.Thread):
 
     def run(self) -> None:
         """threading: until `stop`."""
-        consumer = Consumer(
+        while not self._stopped:
+            consumer = self._new_consumer()
+            try:
+                self._read(consumer)
+            except Exception:
+                _log.exception("reading events failed: beginning again")
+                self.connected = False
+                self._assigned = 0
+                time.sleep(RETRY_INTERVAL_S)
+            finally:
+                consumer.close()
+
+    def _new_consumer(self) -> Any:
+        return Consumer(
             {
                 "bootstrap.servers": self._settings.kafka_brokers,
                 "group.id": f"scoreboard-live-{secrets.token_hex(4)}",  # never joined: partitions are assigned here
@@ -89,6 +102,8 @@ class EventFeed(threading.Thread):
                 "logger": _log,
             }
         )
+
+    def _read(self, consumer: Any) -> None:
         check_at_s = 0.0
         while not self._stopped:
             if time.monotonic() >= check_at_s or self._woken.is_set():
@@ -99,7 +114,6 @@ class EventFeed(threading.Thread):
             # consume() waits until it has as many as it was asked for: so first one, then whatever is there.
             elif first := consumer.consume(1, POLL_S):
                 self._hand_over(first + consumer.consume(_BATCH, 0))
-        consumer.close()
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() == KafkaError._ALL_BROKERS_DOWN:

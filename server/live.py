@@ -155,6 +155,7 @@ class Live:
 
     def _tick(self) -> None:
         """Once a second: close who lags for too long, and never show a stale board as if it were live."""
+        self._loop.call_later(TICK_S, self._tick)
         for watcher in self._hub.overdue(int(_now_ms())):
             watcher.connection.end(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
             watcher.connection.drop()
@@ -170,7 +171,6 @@ class Live:
             self.read_all_again()
         elif not is_live:
             self.read_all_again()
-        self._loop.call_later(TICK_S, self._tick)
 
     # ------------------------------------------------------------------ flushing
 

@@ -81,6 +81,9 @@ class IdempotencyKey(NamedTuple):
     counted: str
 
 
+_EXPECTED: Final = (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError)
+"""What a Redis that comes and goes may raise."""
+
 _NO_KEY: Final = IdempotencyKey("", "", "")
 
 
@@ -406,7 +409,9 @@ class Scores:
                 try:
                     await self._connect()
                     await self._watch()
-                except (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError) as error:
+                except Exception as error:
+                    if not isinstance(error, _EXPECTED):
+                        _log.exception("looking after Redis failed: beginning again")
                     self._suspect(
                         f"Redis at {self._settings.redis_host}:{self._settings.redis_port}: {_sentence(error)}"
                     )
@@ -495,11 +500,16 @@ class Scores:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            expired_s = time.monotonic() - self._deadline_s
-            for lane in self._lanes.values():
-                self._sweep_lane(lane, expired_s)
-            for page in self._pages.values():
-                self._sweep_page(page, expired_s + self._deadline_s / 2)
+            try:
+                self._sweep_all(time.monotonic() - self._deadline_s)
+            except Exception:
+                _log.exception("a sweep failed")
+
+    def _sweep_all(self, expired_s: float) -> None:
+        for lane in self._lanes.values():
+            self._sweep_lane(lane, expired_s)
+        for page in self._pages.values():
+            self._sweep_page(page, expired_s + self._deadline_s / 2)
 
     def _sweep_lane(self, lane: _Lane, expired_s: float) -> None:
         batch = lane.in_flight

@@ -380,6 +380,7 @@ class Server:
         return user_data
 
     def _sweep(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
         now_s = time.monotonic()
         for request in list(self.pending.values()):
             waited_s = now_s - request.received_s
@@ -388,7 +389,6 @@ class Server:
                 request.problem(Problem(408, limit, close=True))
             elif not request.awaits_body and waited_s > self._request_timeout_s:
                 request.fail(TimeoutError(f"no answer within {self._request_timeout_s:g} s"))
-        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
 
     def websocket(
         self,
