@@ -21,7 +21,8 @@ from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
 from server.hub import Hub, Publish, Read, Send, Watcher, error_message, status_message
 from server.keys import Keys
-from server.scores import Scores, entries_of
+from server.pages import entries_of
+from server.scores import Scores
 from server.uws import Request, SendStatus, Socket
 
 LIMITS: Final = (10, 25, 50, 100)

@@ -19,13 +19,15 @@ import psycopg
 
 from server import metrics
 from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
+from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.config import Settings
 from server.database import TOP_LIMIT, Database
 from server.errors import Problem, not_applied
 from server.events import MAX_SCORE
 from server.keys import MAIN_BOARD, idempotency_name
 from server.live import Live
-from server.scores import IdempotencyKey, Outcome, Scores, fingerprint, page_json
+from server.pages import page_json
+from server.scores import Scores
 from server.uws import Handler, Request, Server
 
 MAX_BODY_BYTES: Final = 16 * 1024

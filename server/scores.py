@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
-import hashlib
 import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 import hiredis
-import msgspec
 
+from server.batches import APPLIED, COLD, Batch, IdempotencyKey, Lane, Outcome, Script, Updates, read_reply
 from server.config import Settings
-from server.database import Entry
 from server.errors import NotReady, Problem, ScoreboardError, not_applied, outcome_unknown
-from server.events import FINGERPRINT_LENGTH, MAX_BATCH
-from server.keys import BoardKeys, Keys
+from server.events import MAX_BATCH
+from server.keys import Keys
+from server.pages import Page, entries_of, page_json
 from server.redis_connection import RedisConnection, open_connection, pack
 
 RETRY_S: Final = 0.2
@@ -36,24 +34,8 @@ DISTRUST_INTERVAL_S: Final = 5.0
 """Least time between two rebuilds because of damage: one that does not mend it must not be repeated in a loop."""
 
 _SCRIPT: Final = Path(__file__).with_name("apply_updates.lua").read_bytes()
-_APPLIED: Final = 0
-_COLD: Final = 1
 
 _log = logging.getLogger(__name__)
-_encode = msgspec.msgpack.Encoder().encode
-_decode_reply = msgspec.msgpack.Decoder(list[int]).decode
-
-
-class Outcome(enum.IntEnum):
-    """What the script made of one update; the value that comes with it stands behind."""
-
-    APPLIED = 0  # the new score
-    LIMITED = 1  # how long to wait, in µs
-    OUT_OF_RANGE = 2  # the score it would have been added to
-    DAMAGED = 3  # nothing: key or member was missing, so a rebuild is needed
-    REPLAYED = 4  # the score answered first: nothing was changed
-    REUSED = 5  # nothing: the idempotency key came with another payload before
-    CROWDED = 6  # nothing: the subject has too many answers kept
 
 
 class Waiter(Protocol):
@@ -70,106 +52,8 @@ Verify = Callable[[RedisConnection, Callable[[], None]], Awaitable[str]]
 """Makes sure that the Redis behind a new connection can be trusted, and says the epoch; calls back before a rebuild."""
 
 
-class IdempotencyKey(NamedTuple):
-    """What a request is remembered by: `name` of server.keys.idempotency_name, and its payload's fingerprint.
-
-    `counted` is the subject whose number of keys is capped, "" when nobody's is.
-    """
-
-    name: str
-    fingerprint: str
-    counted: str
-
-
 _EXPECTED: Final = (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError)
 """What a Redis that comes and goes may raise."""
-
-_NO_KEY: Final = IdempotencyKey("", "", "")
-
-
-def fingerprint(board: str, player: str, delta: int) -> str:
-    """Tells payloads apart: FINGERPRINT_LENGTH characters."""
-    text = f"{board}\n{player}\n{delta}".encode()  # neither name holds a line end
-    return hashlib.blake2b(text, digest_size=FINGERPRINT_LENGTH // 2).hexdigest()
-
-
-class _Batch:
-    """One numbered call of the script, kept until it is answered so that it may be sent again."""
-
-    __slots__ = ("command", "sent_again", "waiters")
-
-    def __init__(self, command: bytes, waiters: list[Any]) -> None:
-        self.command = command
-        self.waiters = waiters
-        self.sent_again = False
-
-
-class _Updates:
-    """Updates in columns, as the script takes them; place i of each column is one update."""
-
-    __slots__ = ("deltas", "keys", "players", "score_keys", "subjects", "waiters", "which")
-
-    def __init__(self) -> None:
-        self.waiters: list[Any] = []
-        self.players: list[str] = []
-        self.score_keys: list[str] = []
-        self.deltas: list[int] = []
-        self.subjects: list[str] = []
-        self.which: list[int] = []
-        self.keys: list[IdempotencyKey | None] = []
-
-    def split(self, count: int) -> _Updates:
-        """Take the first `count` away."""
-        first = _Updates()
-        for column in self.__slots__:
-            values = getattr(self, column)
-            setattr(first, column, values[:count])
-            del values[:count]
-        return first
-
-
-class _Lane:
-    """The updates of one board: those in flight, and those that wait for the next batch."""
-
-    __slots__ = ("in_flight", "keys", "number", "session", "waiting")
-
-    def __init__(self, keys: BoardKeys, session: str) -> None:
-        self.keys = keys
-        self.session = session
-        self.number = 0
-        self.in_flight: _Batch | None = None
-        self.waiting = _Updates()
-
-
-class _Page:
-    """The readers of one (board, limit): those in flight, and those that wait for the next read."""
-
-    __slots__ = ("command", "in_flight", "json", "reply", "waiters")
-
-    def __init__(self, board: BoardKeys, limit: int) -> None:
-        self.command = pack(("ZREVRANGE", board.leaderboard, 0, limit - 1, "WITHSCORES"))
-        self.in_flight: list[Any] = []
-        self.waiters: list[Any] = []
-        self.reply: list[bytes] | None = None
-        self.json = b"[]"
-
-
-class Entity(msgspec.Struct, rename="camel", gc=False):
-    """One line of a leaderboard, as clients see it."""
-
-    player_id: str
-    score: int
-
-
-def entries_of(reply: list[bytes]) -> list[Entry]:
-    """(player, score) of what ZREVRANGE … WITHSCORES says; scores come as doubles in text."""
-    pairs = iter(reply)
-    return [(player.decode(), int(float(score))) for player, score in zip(pairs, pairs, strict=True)]
-
-
-def page_json(entries: list[Entry]) -> bytes:
-    """`[{"playerId": …, "score": …}, …]`"""
-    return msgspec.json.encode([Entity(player, score) for player, score in entries])
 
 
 class Scores:
@@ -197,8 +81,7 @@ class Scores:
         self._on_problem = on_problem
         self._on_page = on_page
         self._deadline_s = settings.request_deadline_ms / 1000
-        self._rules = _rules(settings)
-        self._span_us = max(1_000_000, *(window_us for _, window_us in self._rules))
+        self._script = Script(settings, keys)
         self._connection: RedisConnection | None = None
         self._lost = asyncio.Event()
         self._away_since_s = time.monotonic()
@@ -206,8 +89,8 @@ class Scores:
         self._sha = b""
         # New at every start: another process's numbers must not be taken for ours.
         self._server_id = secrets.token_hex(8)
-        self._lanes: dict[str, _Lane] = {}
-        self._pages: dict[tuple[str, int], _Page] = {}
+        self._lanes: dict[str, Lane] = {}
+        self._pages: dict[tuple[str, int], Page] = {}
         self._flush_scheduled = False
         self._loop = asyncio.get_running_loop()
         self.batches = 0
@@ -244,14 +127,14 @@ class Scores:
         lane = self._lanes.get(board)
         if lane is None:
             session = self._keys.session(f"{self._server_id}.{board}")
-            lane = self._lanes[board] = _Lane(self._keys.board(board), session)
+            lane = self._lanes[board] = Lane(self._keys.board(board), session)
         updates = lane.waiting
         updates.waiters.append(waiter)
         updates.players.append(player)
         updates.score_keys.append(lane.keys.score(player))
         updates.deltas.append(delta)
         updates.subjects.append(subject)
-        updates.which.append(limit if self._rules[limit - 1][0] else 0)
+        updates.which.append(self._script.which(limit))
         updates.keys.append(key)
         if lane.in_flight is None:
             self._schedule_flush()
@@ -263,7 +146,7 @@ class Scores:
             return
         page = self._pages.get((board, limit))
         if page is None:
-            page = self._pages[board, limit] = _Page(self._keys.board(board), limit)
+            page = self._pages[board, limit] = Page(self._keys.board(board), limit)
         page.waiters.append(waiter)
         if not page.in_flight:
             self._schedule_flush()
@@ -303,49 +186,24 @@ class Scores:
             if page.waiters and not page.in_flight:
                 self._send_read(page)
 
-    def _send_batch(self, lane: _Lane) -> None:
-        updates, lane.waiting = lane.waiting, _Updates()
+    def _send_batch(self, lane: Lane) -> None:
+        updates, lane.waiting = lane.waiting, Updates()
         if len(updates.waiters) > MAX_BATCH:
             lane.waiting, updates = updates, updates.split(MAX_BATCH)
         lane.number += 1
-        argument = _encode(self._arguments(lane, updates))
+        assert self.epoch is not None
+        argument = self._script.argument(lane, self.epoch, updates)
         command = pack((b"EVALSHA", self._sha, 1, self._keys.outbox, argument))
-        lane.in_flight = _Batch(command, updates.waiters)
+        lane.in_flight = Batch(command, updates.waiters)
         self.batches += 1
         self.batched_updates += len(updates.waiters)
         self._send(lane, lane.in_flight)
 
-    def _arguments(self, lane: _Lane, updates: _Updates) -> tuple[Any, ...]:
-        """What apply_updates.lua says it takes."""
-        keys, board = self._keys, lane.keys
-        limits: tuple[Any, ...] = ()
-        if any(updates.which):
-            limits = (keys.ratelimit, self._span_us, self._rules, updates.subjects, updates.which)
-        return (
-            keys.ready,
-            lane.session,
-            board.leaderboard,
-            board.name,
-            self.epoch,
-            lane.number,
-            updates.players,
-            updates.score_keys,
-            updates.deltas,
-            limits,
-            self._keyed(updates.keys) if any(updates.keys) else (),
-        )
-
-    def _keyed(self, given: list[IdempotencyKey | None]) -> tuple[Any, ...]:
-        keys, settings = self._keys, self._settings
-        names, fingerprints, counted = zip(*(key or _NO_KEY for key in given), strict=True)
-        ttl_s, cap = settings.idempotency_ttl_s, settings.idempotency_max_per_subject
-        return keys.answer, keys.answer_count, ttl_s, cap, names, fingerprints, counted
-
-    def _send(self, lane: _Lane, batch: _Batch) -> None:
+    def _send(self, lane: Lane, batch: Batch) -> None:
         assert self._connection is not None
         self._connection.send(batch.command, lambda reply: self._on_batch_reply(lane, batch, reply))
 
-    def _on_batch_reply(self, lane: _Lane, batch: _Batch, reply: Any) -> None:
+    def _on_batch_reply(self, lane: Lane, batch: Batch, reply: Any) -> None:
         if lane.in_flight is not batch:
             return  # given up at its deadline, and answered then
         if isinstance(reply, ConnectionError):
@@ -355,12 +213,12 @@ class Scores:
             self._refuse(batch, f"Redis refused the batch: {reply}")
             self._suspect(f"Redis refused a batch: {reply}")
             return
-        state, *results = _decode_reply(reply)
-        if state == _APPLIED:
+        state, results = read_reply(reply)
+        if state == APPLIED:
             self._report(batch.waiters, results)
         else:
             self._refuse(batch, "Redis was emptied or replaced, and is being verified")
-            if state == _COLD:
+            if state == COLD:
                 self._suspect("Redis has no scoreboard of this epoch")
         if lane.waiting.waiters:
             self._schedule_flush()
@@ -374,7 +232,7 @@ class Scores:
         if damaged:
             self._distrust()
 
-    def _refuse(self, batch: _Batch, why: str) -> None:
+    def _refuse(self, batch: Batch, why: str) -> None:
         """Answer a batch that Redis did not apply now; whether it did before is another matter."""
         problem = outcome_unknown(why) if batch.sent_again else not_applied(why)
         for waiter in batch.waiters:
@@ -382,12 +240,12 @@ class Scores:
 
     # ------------------------------------------------------------------ pages
 
-    def _send_read(self, page: _Page) -> None:
+    def _send_read(self, page: Page) -> None:
         assert self._connection is not None
         page.in_flight, page.waiters = page.waiters, []
         self._connection.send(page.command, lambda reply: self._on_page_reply(page, reply))
 
-    def _on_page_reply(self, page: _Page, reply: Any) -> None:
+    def _on_page_reply(self, page: Page, reply: Any) -> None:
         readers, page.in_flight = page.in_flight, []
         json: bytes | None = None
         if isinstance(reply, list):
@@ -511,7 +369,7 @@ class Scores:
         for page in self._pages.values():
             self._sweep_page(page, expired_s + self._deadline_s / 2)
 
-    def _sweep_lane(self, lane: _Lane, expired_s: float) -> None:
+    def _sweep_lane(self, lane: Lane, expired_s: float) -> None:
         batch = lane.in_flight
         if batch is not None and batch.waiters[0].received_s < expired_s:
             # The next batch carries the next number, which fences this one off.
@@ -526,7 +384,7 @@ class Scores:
         for waiter in lane.waiting.split(late).waiters if late else ():
             self._on_problem(waiter, not_applied(self.reason or "Redis is slow"))
 
-    def _sweep_page(self, page: _Page, expired_s: float) -> None:
+    def _sweep_page(self, page: Page, expired_s: float) -> None:
         """Send readers to the database while there is time left to ask it."""
         if page.in_flight and page.in_flight[0].received_s < expired_s:
             self._suspect("Redis did not answer in time")
@@ -536,16 +394,6 @@ class Scores:
         readers, page.waiters = page.waiters[:late], page.waiters[late:]
         for waiter in readers:
             self._on_page(waiter, None)
-
-
-def _rules(settings: Settings) -> list[tuple[int, int]]:
-    """GCRA's (emission interval, window) in µs: that of players and that of game servers; (0, 0) is no limit."""
-    rates = (
-        (settings.rate_limit_per_second, settings.rate_limit_burst),
-        (settings.rate_limit_writers_per_second, settings.rate_limit_writers_burst),
-    )
-    intervals = [(round(1_000_000 / rate), burst) if rate else (0, 0) for rate, burst in rates]
-    return [(interval_us, interval_us * burst) for interval_us, burst in intervals]
 
 
 def _sentence(error: BaseException) -> str:

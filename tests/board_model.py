@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from server.batches import Outcome, fingerprint
 from server.events import MAX_SCORE
 from server.keys import idempotency_name
-from server.scores import Outcome, fingerprint
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import redis as redis_client
 from hypothesis import strategies as st
 
 import server
+from server.batches import Outcome, fingerprint
 from server.events import (
     FINGERPRINT_LENGTH,
     MAX_SCORE,
@@ -20,7 +21,6 @@ from server.events import (
     memories_of_entry,
 )
 from server.keys import Keys, idempotency_name
-from server.scores import Outcome, fingerprint
 from tests.board_model import BoardModel, Update
 
 pytestmark = pytest.mark.redis

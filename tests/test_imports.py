@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "keys", "config", "database"}
-CORE = {"hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed"}
+CORE = {"hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages"}
 UPPER = {"live", "routes", "rebuild"}
 PROCESSES = {"supervisor", "embedded"}  # child processes: apart from everything that serves
 COMMANDS = {"__main__", "dev", "dev_screen", "demo"}

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 import redis as redis_client
 
+from server.batches import Outcome
 from server.config import Settings
 from server.database import Database
 from server.embedded import RedisServer
@@ -21,7 +22,7 @@ from server.errors import Problem
 from server.events import OUTBOX_FIELD, events_of_entry
 from server.keys import Keys
 from server.rebuild import verify
-from server.scores import Outcome, Scores
+from server.scores import Scores
 from sync import store
 
 pytestmark = pytest.mark.redis
