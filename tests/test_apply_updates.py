@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import hypothesis
-import msgspec
 import pytest
 import redis as redis_client
 from hypothesis import strategies as st
 
 import server
-from server.batches import Outcome, fingerprint
+from server.batches import IdempotencyKey, Lane, Outcome, Script, Updates, fingerprint, read_reply
+from server.config import Settings
 from server.events import (
     FINGERPRINT_LENGTH,
     MAX_SCORE,
@@ -34,6 +34,17 @@ LIMITS = [(10**9, 3), (10**9, 8)]
 SPAN_US = 8 * 10**9
 TTL_S = 10**7
 CAP = 5
+WORDS = Script(
+    Settings(
+        rate_limit_per_second=1e6 / LIMITS[0][0],
+        rate_limit_burst=LIMITS[0][1],
+        rate_limit_writers_per_second=1e6 / LIMITS[1][0],
+        rate_limit_writers_burst=LIMITS[1][1],
+        idempotency_ttl_s=TTL_S,
+        idempotency_max_per_subject=CAP,
+    ),
+    Keys(),
+)
 
 PLAYERS = ["ann", "bob", "Ζωή", "a:b", "a%3Ab", "100%", 'q"\\', "x" * 128]
 deltas = st.one_of(
@@ -59,42 +70,28 @@ class Session:
         self.keys = Keys()
         self.board = self.keys.board(board)
         self.session = self.keys.session(session)
-        self.number = 0
+        self.lane = Lane(self.board, self.session)
         self.script = client.register_script(SCRIPT)
         client.hset(self.keys.ready, mapping={"epoch": EPOCH, "run_id": "x"})
 
     def send(self, batch: list[Update], *, number: int | None = None, epoch: str = EPOCH) -> list[int]:
-        if number is None:
-            self.number = number = self.number + 1
-        rules = [(interval, interval * burst) for interval, burst in LIMITS]
-        limits = (
-            self.keys.ratelimit,
-            SPAN_US,
-            rules,
-            [update.subject for update in batch],
-            [update.limit for update in batch],
-        )
-        arguments = (
-            self.keys.ready,
-            self.session,
-            self.board.leaderboard,
-            self.board.name,
-            epoch,
-            number,
-            [update.player for update in batch],
-            [self.board.score(update.player) for update in batch],
-            [update.delta for update in batch],
-            limits if any(update.limit for update in batch) else (),
-            self.keyed(batch) if any(update.key for update in batch) else (),
-        )
-        argument = msgspec.msgpack.encode(arguments)
-        return msgspec.msgpack.decode(self.script(keys=[self.keys.outbox], args=[argument]))
+        self.lane.number = self.lane.number + 1 if number is None else number
+        updates = Updates()
+        for update in batch:
+            updates.players.append(update.player)
+            updates.score_keys.append(self.board.score(update.player))
+            updates.deltas.append(update.delta)
+            updates.subjects.append(update.subject)
+            updates.which.append(update.limit)
+            updates.keys.append(self.key(update) if update.key else None)
+        argument = WORDS.argument(self.lane, epoch, updates)
+        state, results = read_reply(self.script(keys=[self.keys.outbox], args=[argument]))
+        return [state, *results]
 
-    def keyed(self, batch: list[Update]) -> tuple[object, ...]:
-        names = [idempotency_name(update.subject, update.key) if update.key else "" for update in batch]
-        fingerprints = [fingerprint(self.board.name, update.player, update.delta) for update in batch]
-        counted = [update.subject if update.key and update.limit != 2 else "" for update in batch]
-        return self.keys.answer, self.keys.answer_count, TTL_S, CAP, names, fingerprints, counted
+    def key(self, update: Update) -> IdempotencyKey:
+        name = idempotency_name(update.subject, update.key)
+        print_ = fingerprint(self.board.name, update.player, update.delta)
+        return IdempotencyKey(name, print_, update.subject if update.limit != 2 else "")
 
     def outcomes(self, batch: list[Update]) -> list[tuple[int, int]]:
         state, *results = self.send(batch)
@@ -172,7 +169,7 @@ def test_sending_every_batch_twice_changes_nothing(redis: redis_client.Redis, ba
     for batch in batches:
         first = session.send(batch)
         before = session.everything()
-        assert session.send(batch, number=session.number) == first
+        assert session.send(batch, number=session.lane.number) == first
         assert session.everything() == before
 
 
