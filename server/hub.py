@@ -9,7 +9,7 @@ each connection sees Redis move forward. Knows no sockets, no Redis and no clock
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -25,6 +25,10 @@ LAGGING_LIMIT_MS: Final = 30_000
 
 FLUSH_SHARE: Final = 0.5
 """Share of the loop's time that flushing may take; the interval stretches until it is kept."""
+
+MAX_SCORE_UPDATES: Final = 200
+MAX_FRAMES: Final = 100_000
+"""Most score updates of a flush for those who want all, and most frames (updates times watchers) they may make."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -50,6 +54,11 @@ class _ScoreUpdate(msgspec.Struct, rename="camel", tag_field="type", tag="scoreU
 def status_message(live: bool) -> bytes:
     """Tells watchers whether changes reach them as they happen."""
     return _encode({"type": "status", "live": live})
+
+
+def _skipped_message(count: int) -> bytes:
+    """In a flood: this many players' scores changed and were not sent."""
+    return _encode({"type": "scoreUpdatesSkipped", "count": count})
 
 
 def error_message(detail: str) -> bytes:
@@ -275,8 +284,9 @@ class Hub:
             if (score := scores.get(player)) is not None
         }
         lists = self._advance_lists(board, top)
-        yield from self._to_shards(board, lists, list(updates.values()))
-        yield from self._to_named(board, updates)
+        chosen = self._choose(board, updates.keys(), top)
+        yield from self._to_shards(board, lists, updates, chosen)
+        yield from self._to_named(board, updates, chosen)
         yield from self._to_served(board, scores)
 
     def end_flush(self, started_ms: float, busy_ms: float) -> None:
@@ -331,25 +341,37 @@ class Hub:
         rows = [_Score(player, score) for player, score in each.entries or ()]
         return _encode(_LeaderboardUpdate(board.name, each.seq, rows, resync))
 
-    def _to_shards(self, board: _Board, changed: dict[int, bool], updates: list[bytes]) -> Iterator[Publish]:
+    @staticmethod
+    def _choose(board: _Board, changed: Collection[str], top: list[Entry]) -> set[str]:
+        """Whose updates go to those who want all scores: everybody's, or the most wanted ones in a flood."""
+        watchers = sum(len(shard.watchers) for (_, every), group in board.shards.items() if every for shard in group)
+        room = min(MAX_SCORE_UPDATES, max(1, MAX_FRAMES // max(1, watchers)))
+        if len(changed) <= room:
+            return set(changed)
+        wanted = {player for player, _ in top} | board.named.keys()
+        return set(sorted(changed, key=lambda player: player not in wanted)[:room])
+
+    def _to_shards(
+        self, board: _Board, changed: dict[int, bool], updates: dict[str, bytes], chosen: set[str]
+    ) -> Iterator[Publish]:
+        scores = [updates[player] for player in chosen]
+        if len(chosen) < len(updates):
+            scores.append(_skipped_message(len(updates) - len(chosen)))
         for (limit, all_scores), shards in list(board.shards.items()):
             messages = [self._list_message(board, limit)] if changed[limit] else []
             if all_scores:
-                messages += updates
+                messages += scores
             if messages:
                 yield from (Publish(shard, messages) for shard in list(shards))
 
     @staticmethod
-    def _to_named(board: _Board, updates: dict[str, bytes]) -> Iterator[Send]:
+    def _to_named(board: _Board, updates: dict[str, bytes], chosen: set[str]) -> Iterator[Send]:
         messages: dict[Watcher, list[bytes]] = {}
         for player in updates.keys() & board.named.keys():
             for watcher in board.named[player]:
                 # A shard with all scores has had it; one that is being served gets it with what it asked for.
-                if (
-                    watcher.shard is not None
-                    and not watcher.all_scores
-                    and player not in board.serving.get(watcher, ())
-                ):
+                had = watcher.all_scores and player in chosen
+                if watcher.shard is not None and not had and player not in board.serving.get(watcher, ()):
                     messages.setdefault(watcher, []).append(updates[player])
         yield from (Send(watcher, texts, joined=False) for watcher, texts in messages.items())
 

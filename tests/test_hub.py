@@ -9,7 +9,17 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from server.hub import LAGGING_LIMIT_MS, SHARD_SIZE, Hub, Publish, Send, Shard, Watcher
+from server.hub import (
+    LAGGING_LIMIT_MS,
+    MAX_FRAMES,
+    MAX_SCORE_UPDATES,
+    SHARD_SIZE,
+    Hub,
+    Publish,
+    Send,
+    Shard,
+    Watcher,
+)
 
 INTERVAL_MS = 16
 
@@ -40,7 +50,7 @@ class Client:
             self.messages.append(message)
             if message["type"] == "leaderboardUpdate":
                 self.top = [(each["playerId"], each["score"]) for each in message["topScores"]]
-            else:
+            elif message["type"] == "scoreUpdate":
                 self.scores[message["playerId"]] = message["newScore"]
 
     def kinds(self) -> list[str]:
@@ -161,6 +171,33 @@ def test_changes_that_gather_go_out_once_with_the_latest_score(board: Board) -> 
     board.flush()
     assert client.kinds() == ["leaderboardUpdate", "leaderboardUpdate", "scoreUpdate"]
     assert client.scores == {"ann": 49}
+
+
+def test_flood_sends_the_wanted_first_and_says_how_many_were_skipped(board: Board) -> None:
+    client, named = board.join(), board.join(players=("z1", "z2"))
+    board.flush()
+    board.redis.update({f"top{number}": 10**6 + number for number in range(10)})
+    for number in range(MAX_SCORE_UPDATES + 50):
+        board.change(f"p{number}", number)
+    for player in ("z1", "z2", "top3"):
+        board.change(player, 10**6 + 3 if player == "top3" else 5)
+    board.flush()
+    skipped = [message["count"] for message in client.messages if message["type"] == "scoreUpdatesSkipped"]
+    assert skipped == [53]
+    assert client.kinds().count("scoreUpdate") == MAX_SCORE_UPDATES
+    assert {"z1", "z2", "top3"} <= client.scores.keys()
+    assert named.scores.keys() >= {"z1", "z2"}
+
+
+def test_more_watchers_get_fewer_scores_but_those_they_name(board: Board) -> None:
+    crowd = [board.join() for _ in range(MAX_FRAMES // 20)]
+    named = board.join(players=tuple(f"z{number}" for number in range(30)))
+    board.flush()
+    for number in range(30):
+        board.change(f"z{number}", number)
+    board.flush()
+    assert crowd[0].kinds().count("scoreUpdate") == 19
+    assert len(named.scores) == 30
 
 
 def test_named_player_is_followed_without_all_scores(board: Board) -> None:
