@@ -4,6 +4,7 @@ scoreboard serve       the server
 scoreboard sync        relay and persister; `sync relay` or `sync persister` for one of them
 scoreboard all         both of them: what the container runs
 scoreboard migrate     create the Kafka topics and the database schema
+scoreboard reconcile   compare Redis with the database; --repair puts the database right
 scoreboard token       print a token, or many for a load test
 scoreboard dev         everything on this machine, with embedded services
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -40,7 +40,7 @@ async def _serve(settings: config.Settings) -> int:
     from server.database import Database
     from server.keys import Keys
     from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
-    from server.rebuild import verify
+    from server.rebuild import Verifier
     from server.routes import Routes
     from server.scores import Scores
 
@@ -55,7 +55,7 @@ async def _serve(settings: config.Settings) -> int:
     scores = Scores(
         settings,
         keys,
-        functools.partial(verify, keys, database),
+        Verifier(settings, keys, database).verify,
         on_outcome=routes.on_outcome,
         on_problem=routes.on_problem,
         on_page=routes.on_page,
@@ -136,6 +136,13 @@ def migrate(argv: list[str]) -> int:
     return run(argv)
 
 
+def reconcile(argv: list[str]) -> int:
+    """Compare Redis with the database."""
+    from sync.__main__ import reconcile as run
+
+    return run(argv)
+
+
 def dev(argv: list[str]) -> int:
     """Run everything on this machine."""
     from server.dev import dev as run
@@ -148,6 +155,7 @@ COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "sync": sync,
     "all": run_all,
     "migrate": migrate,
+    "reconcile": reconcile,
     "token": token,
     "dev": dev,
 }

@@ -5,13 +5,17 @@ Wiring only: settings, logging, signals, and waiting for the services a part nee
 
 from __future__ import annotations
 
+import argparse
 import logging
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TextIO
 
 import psycopg
+import redis
 from confluent_kafka import KafkaException
 
 from server.config import Settings, load
@@ -19,6 +23,7 @@ from server.errors import ScoreboardError
 from server.supervisor import Child, Supervisor
 from sync import store, topics
 from sync.persister import Persister
+from sync.reconcile import Reconciliation
 from sync.relay import Relay
 from sync.waiting import Outage, Stop
 
@@ -56,6 +61,54 @@ def migrate(argv: list[str]) -> int:
         print(f"migrate: {str(error).strip()}", file=sys.stderr)
         return 1
     return 0
+
+
+def reconcile(argv: list[str]) -> int:
+    """Compare Redis with the database; as diff(1) does, returns 0 for the same, 1 for a difference, 2 for trouble."""
+    parser = argparse.ArgumentParser(
+        prog="scoreboard reconcile",
+        description="Compare the scores of Redis with those of the database, player by player.",
+        epilog="Exit status: 0 if all are the same, 1 if some differ, 2 if they could not be compared.",
+    )
+    parser.add_argument("--repair", action="store_true", help="write what Redis says into the database")
+    parser.add_argument("--every", type=_duration_s, metavar="60s", help="again and again, with that much in between")
+    arguments = parser.parse_args(argv)
+    stop = Stop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop.request)
+    reconciliation = Reconciliation(load(), stop, _print)
+    try:
+        while True:
+            status = _reconcile_once(reconciliation, repair=arguments.repair)
+            if arguments.every is None or stop.wait(arguments.every):
+                return status
+    finally:
+        reconciliation.close()
+
+
+def _reconcile_once(reconciliation: Reconciliation, *, repair: bool) -> int:
+    started = time.monotonic()
+    try:
+        outcome = reconciliation.run(repair=repair)
+    except (ScoreboardError, psycopg.Error, redis.RedisError, KafkaException) as error:
+        _print(f"could not compare: {str(error).strip()}", sys.stderr)
+        return 2
+    duration_s = time.monotonic() - started
+    repaired = f", {outcome.repaired} repaired" if repair else ""
+    _print(f"{outcome.compared} players compared in {duration_s:.1f} s: {outcome.differing} differ{repaired}")
+    return 1 if outcome.differing else 0
+
+
+def _duration_s(text: str) -> float:
+    matched = re.fullmatch(r"(\d+)([smh]?)", text)
+    if not matched or not int(matched[1]):
+        raise argparse.ArgumentTypeError(f"expected seconds, or a number with s, m or h, got {text!r}")
+    return int(matched[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[matched[2]]
+
+
+def _print(line: str, file: TextIO = sys.stdout) -> None:
+    file.write(f"{line}\n")
+    file.flush()
 
 
 def _run_both() -> int:

@@ -23,6 +23,29 @@ RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
 STATEMENT_TIMEOUT_MS: Final = 60_000
 _SCHEMA: Final = Path(__file__).with_name("schema.sql").read_text()
 _PERSIST: Final = Path(__file__).with_name("persist_batch.sql").read_text().encode()
+_SCORES_AFTER: Final = """
+    SELECT player_id, score, ver_ms, ver_seq FROM scores WHERE board = %s AND player_id > %s
+    ORDER BY player_id LIMIT %s
+"""
+_SCORES_OF: Final = """
+    SELECT player_id, score, ver_ms, ver_seq FROM scores WHERE board = %s AND player_id = ANY (%s::text[])
+"""
+_WITHOUT_SCORE: Final = """
+    SELECT player_id FROM unnest(%s::text[]) AS asked (player_id)
+    WHERE NOT EXISTS (SELECT FROM scores WHERE board = %s AND scores.player_id = asked.player_id)
+"""
+# At the very version of the row, too: then it was written here, and Redis was changed by hand since.
+_CORRECT: Final = """
+    INSERT INTO scores AS s (board, player_id, score, ver_ms, ver_seq, updated_at)
+    SELECT %(board)s, player_id, score, ver_ms, ver_seq, to_timestamp(ver_ms::float8 / 1000)
+    FROM unnest(%(players)s::text[], %(scores)s::bigint[], %(ms)s::bigint[], %(seq)s::bigint[])
+         AS t (player_id, score, ver_ms, ver_seq)
+    ORDER BY player_id
+    ON CONFLICT (board, player_id) DO UPDATE
+        SET score = EXCLUDED.score, ver_ms = EXCLUDED.ver_ms, ver_seq = EXCLUDED.ver_seq,
+            updated_at = EXCLUDED.updated_at
+        WHERE (EXCLUDED.ver_ms, EXCLUDED.ver_seq) >= (s.ver_ms, s.ver_seq)
+"""
 _T = TypeVar("_T")
 
 
@@ -31,6 +54,13 @@ class StoredOffset(NamedTuple):
 
     topic_id: str
     next_offset: int
+
+
+class StoredScore(NamedTuple):
+    """A row of `scores`: the score, and the version of the event that made it."""
+
+    score: int
+    version: tuple[int, int]
 
 
 class Persisted(NamedTuple):
@@ -86,6 +116,36 @@ class Store:
         """Delete the offsets of topics that had this name, except of the one with the id `but_of`."""
         query = "DELETE FROM consumer_offsets WHERE consumer_group = %s AND topic = %s AND topic_id <> %s"
         self._retrying(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
+
+    def scores_after(self, board: str, player: str, limit: int) -> list[tuple[str, StoredScore]]:
+        """The next `limit` players of a board behind `player`, in the index's order; "" is before the first."""
+        return self._scores(_SCORES_AFTER, (board, player, limit))
+
+    def scores_of(self, board: str, players: Sequence[str]) -> dict[str, StoredScore]:
+        """Those of these players that have a row."""
+        return dict(self._scores(_SCORES_OF, (board, _text_array(players))))
+
+    def without_score(self, board: str, players: Sequence[str]) -> list[str]:
+        """Those of these players that have no row."""
+        rows = self._retrying(
+            lambda connection: connection.execute(_WITHOUT_SCORE, (_text_array(players), board)).fetchall()
+        )
+        return [player for (player,) in rows]
+
+    def correct(self, board: str, scores: Sequence[tuple[str, int, tuple[int, int]]]) -> int:
+        """Write (player, score, version) where the table knows nothing later; returns how many rows that were."""
+        parameters = {
+            "board": board,
+            "players": _text_array([player for player, _, _ in scores]),
+            "scores": _number_array([score for _, score, _ in scores]),
+            "ms": _number_array([ms for _, _, (ms, _) in scores]),
+            "seq": _number_array([seq for _, _, (_, seq) in scores]),
+        }
+        return self._retrying(lambda connection: connection.execute(_CORRECT, parameters).rowcount) if scores else 0
+
+    def _scores(self, query: str, parameters: tuple[Any, ...]) -> list[tuple[str, StoredScore]]:
+        rows = self._retrying(lambda connection: connection.execute(query, parameters).fetchall())
+        return [(player, StoredScore(score, (ms, seq))) for player, score, ms, seq in rows]
 
     def close(self) -> None:
         """Give up the connection."""
