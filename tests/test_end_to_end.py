@@ -16,7 +16,7 @@ import redis as redis_client
 from websockets.sync.client import connect
 
 from server.auth import issue
-from server.embedded import RedisServer, Service
+from server.embedded import PostgresServer, RedisServer, Service
 from server.keys import Keys
 from tests.services import JWT_SECRET, KafkaBroker, ServerProcess, SyncProcess, wait_until
 
@@ -189,9 +189,31 @@ def test_nothing_is_lost_or_counted_twice_when_a_process_is_killed_under_load(
         }
         for name, difference in differences.items():
             assert difference in _sums([delta for player, delta in unknown if player == name])
-        assert len(unknown) <= len(threads)
+        # One request each, and those whose connections the kernel had taken for a server that was dying.
+        assert len(unknown) <= 5 * len(threads)
     wait_until(lambda: scoreboard.database_scores() == scores, 30, "the database differs from Redis")
     assert scoreboard.history_sums() == scores
+
+
+def test_nothing_but_redis_is_ever_waited_for(
+    scoreboard: Scoreboard, kafka_broker: KafkaBroker, postgres_server: PostgresServer
+) -> None:
+    hung: list[Service] = [kafka_broker, postgres_server, scoreboard.sync]
+    player = Player(scoreboard.server.port)
+    assert player.submit("ann", 1)[0] == 200
+    for service in hung:
+        service.pause()
+    try:
+        # A client's timeout of 10 s would end the test: each of these would be waited for much longer.
+        assert [player.submit("ann", 1) for _ in range(200)][-1] == (200, {"playerId": "ann", "newScore": 201})
+        assert scoreboard.server.status_of("/leaderboard") == 200
+        assert scoreboard.server.status_of("/readyz") == 200
+    finally:
+        for service in hung:
+            service.resume()
+        player.close()
+    wait_until(lambda: scoreboard.database_scores() == {"ann": 201}, 60, "the database did not catch up")
+    assert scoreboard.history_sums() == {"ann": 201}
 
 
 def _sums(deltas: list[int]) -> set[int]:
