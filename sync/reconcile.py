@@ -114,7 +114,7 @@ class Reconciliation:
         Raises NotComparable, redis.RedisError, psycopg.Error.
         """
         self._patient_until = time.monotonic() + SETTLE_WITHIN_S
-        self._compared = self._differing = self._repaired = 0
+        self._compared = self._ranked = self._differing = self._repaired = 0
         for board in map(self._keys.board, self._settings.boards):
             self._read(board, [])  # is there anything to compare with?
             doubts: list[Difference] = []
@@ -134,10 +134,12 @@ class Reconciliation:
 
     def _doubts(self, board: BoardKeys) -> Iterator[list[Difference]]:
         """What differs at first sight: players of the table, then those that only the leaderboard has."""
-        after = ""
+        after, known = "", self._ranked
         while rows := self._store.scores_after(board.name, after, CHUNK):
             yield self._unequal(board, dict(rows))
             after = rows[-1][0]
+        if self._redis.zcard(board.leaderboard) <= self._ranked - known:
+            return  # the table has all of them, which spares as many searches
         cursor = 0
         while True:
             reply: Any = self._redis.zscan(board.leaderboard, cursor, count=CHUNK)
@@ -157,6 +159,7 @@ class Reconciliation:
         players = list(rows)
         version, _, scores, members = self._read(board, players)
         self._compared += len(players)
+        self._ranked += len(members) - members.count(None)
         return [
             Difference(board.name, player, score, member, version, row)
             for (player, row), score, member in zip(rows.items(), scores, members, strict=True)
