@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -40,7 +41,7 @@ async def _serve(settings: config.Settings) -> int:
     from server.database import Database
     from server.keys import Keys
     from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
-    from server.rebuild import Verifier
+    from server.rebuild import verify
     from server.routes import Routes
     from server.scores import Scores
 
@@ -55,7 +56,7 @@ async def _serve(settings: config.Settings) -> int:
     scores = Scores(
         settings,
         keys,
-        Verifier(settings, keys, database).verify,
+        functools.partial(verify, keys, database),
         on_outcome=routes.on_outcome,
         on_problem=routes.on_problem,
         on_page=routes.on_page,
