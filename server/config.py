@@ -173,6 +173,12 @@ class Settings:
         100_000,
         "answers kept for one player's tokens, at 230 bytes each; game servers have no limit; 0: nobody has",
     )
+    idempotency_restore_s: int = _setting(
+        "IDEMPOTENCY_RESTORE_S",
+        _integer(0, 2_592_000),
+        900,
+        "answers younger than this are known again after a rebuild: how long clients go on retrying",
+    )
     auth_failures_per_minute: int = _setting(
         "AUTH_FAILURES_PER_MINUTE", _integer(0, 1_000_000), 60, "bad tokens an address may send before 429; 0: no limit"
     )

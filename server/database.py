@@ -8,11 +8,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from contextlib import asynccontextmanager
+from typing import Final, cast
 
 import psycopg
 import psycopg_pool
+from psycopg import errors
 from psycopg.rows import TupleRow
+
+from server.errors import NotReady
+from server.events import PERSISTER_GROUP
 
 TOP_LIMIT: Final = 1000
 """Players in the longest list anyone may ask for."""
@@ -23,10 +28,16 @@ MAX_AGE_S: Final = 1.0
 QUERY_TIMEOUT_S: Final = 1.0
 """Longest a reading may take, unless said otherwise."""
 
-CHUNK_ROWS: Final = 5000
+STEP_TIMEOUT_S: Final = 30.0
+"""For one step of reading everything."""
+
+CHUNK_ROWS: Final = 2000
 
 Entry = tuple[str, int]
 """(player, score)"""
+
+ScoreRow = tuple[str, str, int, int, int]
+"""(board, player, score, ver_ms, ver_seq)"""
 
 # Equal scores by player id descending, as ZREVRANGE does: by bytes, hence the collation.
 _TOP = """
@@ -34,6 +45,7 @@ _TOP = """
     ORDER BY score DESC, player_id COLLATE "C" DESC LIMIT %s
 """
 _SCORES = "SELECT board, player_id, score, ver_ms, ver_seq FROM scores"
+_OFFSETS = "SELECT partition, topic_id, next_offset FROM consumer_offsets WHERE consumer_group = %s AND topic = %s"
 
 
 class Database:
@@ -94,18 +106,54 @@ class Database:
         self._tops[board] = (time.monotonic(), entries)
         return entries
 
-    async def scores(self) -> AsyncIterator[list[tuple[str, str, int, int, int]]]:
-        """Every (board, player, score, ver_ms, ver_seq), CHUNK_ROWS at a time, as of one moment.
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Snapshot]:
+        """The whole database as of one moment.
 
-        Raises psycopg.Error.
+        Raises NotReady, from within the block too, when it fails or does not answer in time.
         """
-        connection = await psycopg.AsyncConnection.connect(self._url, connect_timeout=2)
-        async with connection, connection.cursor(name="scores") as cursor:
-            await cursor.execute(_SCORES)
-            while rows := await cursor.fetchmany(CHUNK_ROWS):
-                yield [_as_row(row) for row in rows]
+        try:
+            connection = await psycopg.AsyncConnection.connect(
+                self._url, connect_timeout=2, application_name="scoreboard-rebuild"
+            )
+            async with connection:
+                await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
+                yield Snapshot(connection)
+        except errors.UndefinedTable as error:
+            raise NotReady("the database has no tables yet: `scoreboard migrate` and `sync` make them") from error
+        except psycopg.Error as error:
+            raise NotReady(f"the database fails: {error}") from error
 
 
-def _as_row(row: Any) -> tuple[str, str, int, int, int]:
-    board, player, score, ver_ms, ver_seq = row
-    return board, player, score, ver_ms, ver_seq
+class Snapshot:
+    """One transaction that sees one moment."""
+
+    def __init__(self, connection: psycopg.AsyncConnection[TupleRow]) -> None:
+        self._connection = connection
+
+    async def offsets(self, topic: str) -> dict[int, tuple[str, int]]:
+        """By partition, the id of the topic and the offset that the persister goes on at."""
+        async with _within(STEP_TIMEOUT_S):
+            cursor = await self._connection.execute(_OFFSETS, (PERSISTER_GROUP, topic))
+            return {partition: (topic_id, offset) for partition, topic_id, offset in await cursor.fetchall()}
+
+    async def scores(self) -> AsyncIterator[list[ScoreRow]]:
+        """Every score, CHUNK_ROWS at a time."""
+        async with self._connection.cursor(name="scores") as cursor:
+            async with _within(STEP_TIMEOUT_S):
+                await cursor.execute(_SCORES)
+            while True:
+                async with _within(STEP_TIMEOUT_S):
+                    rows = cast(list[ScoreRow], await cursor.fetchmany(CHUNK_ROWS))
+                if not rows:
+                    return
+                yield rows
+
+
+@asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise NotReady("the database does not answer in time") from error

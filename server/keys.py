@@ -6,6 +6,8 @@ Keys of the board `main` are bare; another board's stand behind `board:{name}:`.
 
 from __future__ import annotations
 
+import re
+
 MAIN_BOARD = "main"
 
 
@@ -41,11 +43,12 @@ class Keys:
     """The keys that all boards of one deployment share, and the way to each board's own."""
 
     __slots__ = (
-        "_boards", "_prefix", "answer", "answer_count", "outbox", "ratelimit", "ready", "rebuild_lock", "relay_lease",
+        "_boards", "answer", "answer_count", "of_boards", "outbox", "prefix", "ratelimit", "ready",
+        "rebuild_lock", "relay_lease",
     )  # fmt: skip
 
     def __init__(self, prefix: str = "") -> None:
-        self._prefix = prefix
+        self.prefix = prefix
         self._boards: dict[str, BoardKeys] = {}
         # A number is appended by the script: one hash per span of time, subject to theoretical arrival time in µs.
         self.ratelimit = f"{prefix}ratelimit:"
@@ -55,6 +58,10 @@ class Keys:
         self.answer_count = f"{prefix}idempotency-count:"
         self.outbox = f"{prefix}outbox"
         self.ready = f"{prefix}scoreboard:ready"
+        # Every key that a rebuild makes anew: boards and scores, whoever is on them.
+        self.of_boards = re.compile(
+            rb"%s(board:[^:]+:)?(leaderboard|player:[^:]+:score)" % re.escape(prefix.encode())
+        )  # fmt: skip
         self.rebuild_lock = f"{prefix}scoreboard:rebuild-lock"
         self.relay_lease = f"{prefix}scoreboard:relay-lease"
 
@@ -62,9 +69,9 @@ class Keys:
         """The keys of the board `name`."""
         keys = self._boards.get(name)
         if keys is None:
-            keys = self._boards[name] = BoardKeys(self._prefix, name)
+            keys = self._boards[name] = BoardKeys(self.prefix, name)
         return keys
 
     def session(self, session_id: str) -> str:
         """Number and reply of the last batch of one server's session."""
-        return f"{self._prefix}session:{session_id}"
+        return f"{self.prefix}session:{session_id}"

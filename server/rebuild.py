@@ -1,67 +1,129 @@
-"""Verify and rebuild: may this Redis be written, and if it is empty, fill it from TimescaleDB first.
+"""Verify, replay and rebuild: may this Redis be written, and if it forgot something, give it back first.
 
 Runs once per new connection, before any update goes over it, and again when Redis turns out to be cold. A marker
-(epoch, and the run_id of the Redis process that was verified) says that the boards in this Redis are whole.
+(epoch, and the run_id of the Redis process that was verified) says that the boards in this Redis are whole. What
+happened is read in the direction in which events move, outbox, database, Kafka: so each event is met at least
+once, and versions make more than once harmless.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import secrets
+import re
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Final
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, Final
 
-import msgspec
-import psycopg
+import hiredis
 
-from server.database import Database
+from server.config import Settings
+from server.database import Database, Snapshot
 from server.errors import NotReady
-from server.events import INDEX_SPAN
+from server.events import MEMORY_FIELD, OUTBOX_FIELD, BadEvent, ScoreEvent, events_of_entry, memories_of_entry
+from server.kafka_tail import KafkaTail, Record
 from server.keys import Keys
+from server.rebuild_lock import Command, RebuildLock
 from server.redis_connection import RedisConnection
+from server.replay import Fold, Log, StoredOffset, end_of_entry, entry_of, kept_answer, tail_starts
 
-LOCK_MS: Final = 10_000
 LOCK_POLL_S: Final = 0.1
+CHUNK_PLAYERS: Final = 2000
+"""Written at once: a few ms of Redis, and half of what a script can unpack."""
 
-_FILL = Path(__file__).with_name("fill_scores.lua").read_text()
-_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
-_pack = msgspec.msgpack.Encoder().encode
+SCAN_KEYS: Final = 2000
+OUTBOX_ENTRIES: Final = 200
+"""Read at once: up to 100,000 events."""
+
 _log = logging.getLogger(__name__)
 
+Remembered = Iterable[tuple[ScoreEvent, str | None]]
+"""Events, each with the memory of its request's Idempotency-Key."""
 
-async def verify(keys: Keys, database: Database, connection: RedisConnection, on_rebuild: Callable[[], None]) -> str:
-    """The epoch that batches over this connection carry, once Redis can be trusted.
 
-    Raises NotReady when it cannot be for now, ConnectionError when it is gone. `on_rebuild` is called before a
-    rebuild begins, which may take a while.
-    """
-    run_id = await _check_process(connection)
-    while True:
-        epoch, verified_run_id = await connection.execute("HMGET", keys.ready, "epoch", "run_id")
-        if epoch is not None and verified_run_id == run_id:
-            return str(epoch, "ascii")
-        token = secrets.token_hex(8)
-        if await connection.execute("SET", keys.rebuild_lock, token, "NX", "PX", LOCK_MS):
-            break
-        await asyncio.sleep(LOCK_POLL_S)  # another server is at it
-    try:
-        if epoch is None:
-            on_rebuild()
-            await _fill(connection, keys, database, token)
-        next_epoch = str(max(int(epoch or 0) + 1, time.time_ns() // 1_000_000))
-        await connection.execute("HSET", keys.ready, "epoch", next_epoch, "run_id", run_id)
-        return next_epoch
-    finally:
-        await connection.execute("EVAL", _RELEASE, 1, keys.rebuild_lock, token)
+class Verifier:
+    """Makes sure that one deployment's Redis is whole; `verify` is what Scores wants of it."""
+
+    def __init__(
+        self, settings: Settings, keys: Keys, database: Database, open_tail: Callable[[], KafkaTail] | None = None
+    ) -> None:
+        """`open_tail` begins a reading of Kafka; by default as the settings say."""
+        self._settings = settings
+        self._keys = keys
+        self._database = database
+        self._open_tail = open_tail or (lambda: KafkaTail(settings))
+        self._epoch = 0
+
+    async def verify(self, connection: RedisConnection, on_wait: Callable[[str], None]) -> str:
+        """The epoch that batches over this connection carry, once Redis can be trusted.
+
+        `on_wait` is told why, before what may take a while. Raises NotReady when Redis cannot be trusted for now,
+        ConnectionError when it is gone.
+        """
+        run_id = await _check_process(connection)
+        while not await self._is_verified(connection, run_id):
+            lock = await RebuildLock.take(connection, self._keys.rebuild_lock)
+            if lock is None:
+                on_wait("Redis is being verified or rebuilt by another server")
+                await asyncio.sleep(LOCK_POLL_S)
+                continue
+            async with lock.kept():
+                # Somebody else may have been done with it between our look and the lock.
+                if not await self._is_verified(connection, run_id):
+                    sources = f"Kafka at {self._settings.kafka_brokers} and the database"
+                    on_wait(f"Redis is being compared with {sources}, and mended from them")
+                    await self._mend(connection, lock, run_id)
+        return str(self._epoch)
+
+    async def _is_verified(self, connection: RedisConnection, run_id: bytes) -> bool:
+        epoch, verified = await self._marker(connection)
+        # A marker older than one we have seen is that of a Redis which missed what came after.
+        if epoch == 0 or verified != run_id or epoch < self._epoch:
+            return False
+        self._epoch = epoch
+        return True
+
+    async def _marker(self, connection: RedisConnection) -> tuple[int, bytes]:
+        """Epoch and run_id; an epoch of 0 stands for no marker."""
+        try:
+            epoch, run_id = await connection.execute("HMGET", self._keys.ready, "epoch", "run_id")
+        except hiredis.ReplyError as error:
+            if not _of_wrong_type(error):
+                raise
+            return 0, b""
+        return int(epoch) if epoch and epoch.isdigit() else 0, run_id or b""
+
+    async def _mend(self, connection: RedisConnection, lock: RebuildLock, run_id: bytes) -> None:
+        """Replay or rebuild, whichever is needed, and set the marker."""
+        ready, started_s = self._keys.ready, time.monotonic()
+        epoch, _ = await self._marker(connection)
+        next_epoch = str(max(epoch + 1, self._epoch + 1, time.time_ns() // 1_000_000))
+        mending = _Mending(self._settings, self._keys, self._database, self._open_tail, connection, lock)
+        last_id = await mending.last_id()
+        if epoch and last_id:
+            # From here on batches of the old epoch are refused: they would count from what may be an old state.
+            await lock.write([("HSET", ready, "epoch", next_epoch, "run_id", "")])
+            try:
+                players = await mending.replay(last_id)
+            except hiredis.ReplyError as error:
+                if _of_wrong_type(error):
+                    await lock.write([("DEL", ready)])  # it is more than late: the next try rebuilds
+                raise
+        else:
+            await lock.write([("DEL", ready)])
+            players = await mending.rebuild()
+        await mending.continue_after(last_id)
+        await lock.write([("HSET", ready, "epoch", next_epoch, "run_id", run_id)])
+        what = "replayed what Redis had lost" if epoch and last_id else "rebuilt Redis"
+        _log.info("%s: %d players in %.1f s", what, players, time.monotonic() - started_s)
 
 
 async def _check_process(connection: RedisConnection) -> bytes:
     """The run_id of the Redis process behind this connection.
 
-    Raises NotReady if that process might evict what it should keep.
+    Raises NotReady if that process might evict what it should keep, or cannot be written.
     """
     info: bytes = await connection.execute("INFO")
     fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
@@ -70,41 +132,187 @@ async def _check_process(connection: RedisConnection) -> bytes:
         raise NotReady(f"Redis setting maxmemory-policy: expected noeviction, got {policy}")
     if fields.get(b"loading") == b"1":
         raise NotReady("Redis is still loading its data")
+    if fields.get(b"role") == b"slave":
+        raise NotReady("this Redis is a replica: expected its primary")
     return fields[b"run_id"]
 
 
-async def _fill(connection: RedisConnection, keys: Keys, database: Database, token: str) -> None:
-    """Write every score of the database that Redis does not know better."""
-    started_s, players, last = time.monotonic(), 0, (0, 0)
-    try:
-        async for rows in database.scores():
-            chunk: list[str | int] = []
-            for board, player, score, ver_ms, ver_seq in rows:
-                board_keys = keys.board(board)
-                chunk += (board_keys.leaderboard, player, board_keys.score(player), score)
-                last = max(last, (ver_ms, ver_seq))
-            await _fenced(connection, keys, token, chunk)
-            players += len(rows)
-    except psycopg.Error as error:
-        raise NotReady(f"Redis has no scoreboard, and the database to fill it from fails: {error}") from error
-    await _continue_after(connection, keys, last)
-    _log.info("filled Redis from the database: %d players in %.1f s", players, time.monotonic() - started_s)
+def _of_wrong_type(error: hiredis.ReplyError) -> bool:
+    return str(error).startswith("WRONGTYPE")
 
 
-async def _fenced(connection: RedisConnection, keys: Keys, token: str, chunk: list[str | int]) -> None:
-    if not await connection.execute("EVAL", _FILL, 1, keys.rebuild_lock, token, LOCK_MS, _pack(chunk)):
-        raise NotReady("another server took the rebuild over")
+class _Mending:
+    """One replay or rebuild, by whoever holds the lock; whatever it writes goes through the lock."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keys: Keys,
+        database: Database,
+        open_tail: Callable[[], KafkaTail],
+        connection: RedisConnection,
+        lock: RebuildLock,
+    ) -> None:
+        self._settings = settings
+        self._keys = keys
+        self._database = database
+        self._open_tail = open_tail
+        self._connection = connection
+        self._lock = lock
+        self._fold = Fold()
+
+    async def replay(self, last_id: str) -> int:
+        """Set what the events past the outbox's last id say; how many players that were."""
+        last = end_of_entry(last_id)
+        async with self._tail() as (tail, log):
+            if log is None:
+                async with self._database.snapshot() as snapshot:
+                    await self._tail_starts(snapshot, log)
+            else:
+                starts = await asyncio.to_thread(tail.first_since, last[0])
+                async for records in _records(tail, starts):
+                    missing = [record for record in records if record.event.version > last]
+                    for record in missing:
+                        self._fold.add(record.event)
+                    await self._remember((record.event, record.memory) for record in missing)
+        return await self._write_rest()
+
+    async def rebuild(self) -> int:
+        """Replace everything by what outbox, database and Kafka say; how many players that are."""
+        players = 0
+        await self._read_outbox()
+        async with self._database.snapshot() as snapshot:
+            async with self._tail() as (tail, log):
+                starts = await self._tail_starts(snapshot, log)
+                if log is not None:
+                    await self._read_tail(tail, starts)
+            # Not before all sources have spoken: a refusal must not cost what Redis still has.
+            await self._clear()
+            async for rows in snapshot.scores():
+                settle = self._fold.settle
+                await self._write(
+                    [(board, player, settle(board, player, score, (ms, seq))) for board, player, score, ms, seq in rows]
+                )
+                players += len(rows)
+        return players + await self._write_rest()
+
+    # ------------------------------------------------------------------ reading
+
+    async def last_id(self) -> str | None:
+        """The outbox's last id; None where there is no outbox."""
+        try:
+            state = await self._connection.execute("XINFO", "STREAM", self._keys.outbox)
+        except hiredis.ReplyError as error:
+            if _of_wrong_type(error) or "no such key" in str(error):
+                return None
+            raise
+        last: bytes = state[state.index(b"last-generated-id") + 1]
+        return last.decode()
+
+    async def _read_outbox(self) -> None:
+        """Take what is still owed to Kafka; it stays where it is."""
+        begin = "-"
+        while entries := await self._outbox_page(begin):
+            for entry_id, fields in entries:
+                begin = f"({entry_id.decode()}"
+                named = dict(zip(fields[::2], fields[1::2], strict=True))
+                try:
+                    events = events_of_entry(entry_id.decode(), named.get(OUTBOX_FIELD, b""))
+                    memories = memories_of_entry(named.get(MEMORY_FIELD))
+                except BadEvent as error:
+                    _log.warning("the outbox entry %s is no batch: %s", entry_id.decode(), error)
+                    continue
+                for event in events:
+                    self._fold.add(event)
+                await self._remember((events[index], memory) for index, memory in memories.items())
+
+    async def _outbox_page(self, begin: str) -> list[Any]:
+        try:
+            page = await self._connection.execute("XRANGE", self._keys.outbox, begin, "+", "COUNT", OUTBOX_ENTRIES)
+        except hiredis.ReplyError as error:
+            if not _of_wrong_type(error):
+                raise
+            return []
+        return list(page)
+
+    @asynccontextmanager
+    async def _tail(self) -> AsyncIterator[tuple[KafkaTail, Log | None]]:
+        tail = await asyncio.to_thread(self._open_tail)
+        try:
+            yield tail, await asyncio.to_thread(tail.describe)
+        finally:
+            await asyncio.to_thread(tail.close)
+
+    async def _tail_starts(self, snapshot: Snapshot, log: Log | None) -> dict[int, int]:
+        topic = self._settings.kafka_topic
+        offsets = await snapshot.offsets(topic)
+        stored = {partition: StoredOffset(*offset) for partition, offset in offsets.items()}
+        return tail_starts(topic, log, stored, restart=self._settings.new_topic == "restart")
+
+    async def _read_tail(self, tail: KafkaTail, starts: dict[int, int]) -> None:
+        """Take the events from `starts` on, and what is to be remembered of those before."""
+        since_ms = time.time_ns() // 1_000_000 - 1000 * self._settings.idempotency_restore_s
+        recent = await asyncio.to_thread(tail.first_since, since_ms)
+        earliest = {number: min(start, recent[number]) for number, start in starts.items()}
+        async for records in _records(tail, earliest):
+            for record in records:
+                if record.offset >= starts[record.partition]:
+                    self._fold.add(record.event)
+            await self._remember((record.event, record.memory) for record in records if record.event.at >= since_ms)
+
+    # ------------------------------------------------------------------ writing
+
+    async def _clear(self) -> None:
+        """Take away every board and score, also those that no source knows, and those that are none."""
+        everything = re.sub(r"([*?\[\]\\])", r"\\\1", self._keys.prefix) + "*"
+        cursor = b"0"
+        while True:
+            cursor, keys = await self._connection.execute("SCAN", cursor, "MATCH", everything, "COUNT", SCAN_KEYS)
+            if found := [key for key in keys if self._keys.of_boards.fullmatch(key)]:
+                await self._lock.write([("UNLINK", *found)])
+            if cursor == b"0":
+                return
+
+    async def _write(self, rows: list[tuple[str, str, int]]) -> None:
+        """Set score and place of at most CHUNK_PLAYERS."""
+        totals: list[str] = ["MSET"]
+        ranks: dict[str, list[str]] = {}
+        for board, player, score in rows:
+            keys, text = self._keys.board(board), str(score)
+            totals += keys.score(player), text
+            ranks.setdefault(keys.leaderboard, []).extend((text, player))
+        await self._lock.write([totals, *(("ZADD", leaderboard, *members) for leaderboard, members in ranks.items())])
+
+    async def _write_rest(self) -> int:
+        rest = self._fold.rest()
+        players = len(self._fold)
+        while chunk := list(itertools.islice(rest, CHUNK_PLAYERS)):
+            await self._write(chunk)
+        return players
+
+    async def _remember(self, remembered: Remembered) -> None:
+        """Keep the answers to requests with an Idempotency-Key, for what is left of their time."""
+        now_ms, ttl_ms = time.time_ns() // 1_000_000, 1000 * self._settings.idempotency_ttl_s
+        commands: list[Command] = []
+        for event, memory in remembered:
+            if memory is not None and event.at + ttl_ms > now_ms:
+                name, answer = kept_answer(memory, event.new_score)
+                commands.append(("SET", self._keys.answer + name, answer, "PXAT", str(event.at + ttl_ms)))
+        if commands:
+            await self._lock.write(commands)
+
+    async def continue_after(self, last_id: str | None) -> None:
+        """Let the outbox's ids go on above every version that was seen."""
+        outbox = self._keys.outbox
+        if last_id is None:
+            # The way to an empty stream: an entry, however short its life, could be read by the relay.
+            create: list[Command] = [("XGROUP", "CREATE", outbox, "none", "$", "MKSTREAM")]
+            await self._lock.write([("DEL", outbox), *create, ("XGROUP", "DESTROY", outbox, "none")])
+        if self._fold.last > end_of_entry(last_id or "0-0"):
+            await self._lock.write([("XSETID", outbox, entry_of(self._fold.last))])
 
 
-async def _continue_after(connection: RedisConnection, keys: Keys, last: tuple[int, int]) -> None:
-    """Let the outbox's ids go on above every version the database has seen."""
-    ver_ms, ver_seq = last
-    floor = f"{ver_ms}-{ver_seq // INDEX_SPAN + 1}"
-    if not await connection.execute("EXISTS", keys.outbox):
-        # The way to an empty stream: an entry, however short its life, could be read by the relay.
-        await connection.execute("XGROUP", "CREATE", keys.outbox, "none", "$", "MKSTREAM")
-        await connection.execute("XGROUP", "DESTROY", keys.outbox, "none")
-    state = await connection.execute("XINFO", "STREAM", keys.outbox)
-    current: bytes = state[state.index(b"last-generated-id") + 1]
-    if tuple(map(int, current.split(b"-"))) < tuple(map(int, floor.split("-"))):
-        await connection.execute("XSETID", keys.outbox, floor)
+async def _records(tail: KafkaTail, starts: dict[int, int]) -> AsyncIterator[list[Record]]:
+    await asyncio.to_thread(tail.start, starts)
+    while records := await asyncio.to_thread(tail.read):
+        yield records

@@ -48,8 +48,9 @@ OnOutcome = Callable[[Any, int, int], None]
 OnProblem = Callable[[Any, Problem], None]
 OnPage = Callable[[Any, bytes | None], None]
 
-Verify = Callable[[RedisConnection, Callable[[], None]], Awaitable[str]]
-"""Makes sure that the Redis behind a new connection can be trusted, and says the epoch; calls back before a rebuild."""
+Verify = Callable[[RedisConnection, Callable[[str], None]], Awaitable[str]]
+"""Makes sure that the Redis behind a new connection can be trusted, and says the epoch; calls back with the reason
+before what may take a while."""
 
 
 _EXPECTED: Final = (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError)
@@ -211,7 +212,10 @@ class Scores:
         lane.in_flight = None
         if isinstance(reply, hiredis.ReplyError):
             self._refuse(batch, f"Redis refused the batch: {reply}")
-            self._suspect(f"Redis refused a batch: {reply}")
+            if "WRONGTYPE" in str(reply):
+                self._distrust("a key of the scoreboard is of another type")
+            else:
+                self._suspect(f"Redis refused a batch: {reply}")
             return
         state, results = read_reply(reply)
         if state == APPLIED:
@@ -230,7 +234,7 @@ class Scores:
             on_outcome(waiter, outcome, value)
             damaged |= outcome == Outcome.DAMAGED
         if damaged:
-            self._distrust()
+            self._distrust("a player's score and place on the board do not both exist")
 
     def _refuse(self, batch: Batch, why: str) -> None:
         """Answer a batch that Redis did not apply now; whether it did before is another matter."""
@@ -282,8 +286,13 @@ class Scores:
         connection = self._connection = await open_connection(self._settings, self._on_lost)
         self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
         async with asyncio.timeout(VERIFY_TIMEOUT_S) as timeout:
-            # A rebuild takes as long as it takes; its own steps notice when Redis is gone.
-            epoch = await self._verify(connection, lambda: timeout.reschedule(None))
+
+            def on_wait(reason: str) -> None:
+                # A rebuild takes as long as it takes; its own steps notice when Redis is gone.
+                timeout.reschedule(None)
+                self._away(reason)
+
+            epoch = await self._verify(connection, on_wait)
         self._go(epoch)
 
     def _go(self, epoch: str) -> None:
@@ -322,13 +331,13 @@ class Scores:
             connection.close()
             self._lost.set()
 
-    def _distrust(self) -> None:
+    def _distrust(self, why: str) -> None:
         now_s = time.monotonic()
         connection = self._connection
         if connection is None or now_s - self._distrusted_s < DISTRUST_INTERVAL_S:
             return
         self._distrusted_s = now_s
-        _log.error("a player's score and place on the board do not both exist: rebuilding")
+        _log.error("%s: rebuilding", why)
 
         async def take_marker() -> None:
             try:

@@ -9,12 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "keys", "config", "database"}
-CORE = {"hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages"}
+CORE = {
+    "hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages",
+    "kafka_tail", "replay", "rebuild_lock",
+}  # fmt: skip
 UPPER = {"live", "routes", "rebuild"}
 PROCESSES = {"supervisor", "embedded"}  # child processes: apart from everything that serves
 COMMANDS = {"__main__", "dev", "dev_screen", "demo"}
 NEVER = {
     "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},
+    "replay": {"asyncio", "time", "redis_connection", "hiredis", "confluent_kafka", "kafka_tail"},
     "supervisor": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},

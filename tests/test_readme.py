@@ -19,6 +19,7 @@ import redis as redis_client
 from server import config
 from server.embedded import ADDRESS, RedisServer, free_port
 from sync.store import migrate
+from tests.client import trust
 from tests.services import JWT_SECRET, ROOT, ServerProcess, environment, wait_until
 
 README = (ROOT / "README.md").read_text()
@@ -92,6 +93,7 @@ def example_server(
 ) -> Iterator[str]:
     """The address of a server that takes updates."""
     migrate(database_url)
+    trust(redis)
     settings = {
         "REDIS_HOST": redis_server.host,
         "REDIS_PORT": str(redis_server.port),
