@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import logging
 import sys
 from collections.abc import Callable
@@ -41,7 +40,7 @@ async def _serve(settings: config.Settings) -> int:
     from server.database import Database
     from server.keys import Keys
     from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
-    from server.rebuild import verify
+    from server.rebuild import Verifier
     from server.routes import Routes
     from server.scores import Scores
 
@@ -56,7 +55,7 @@ async def _serve(settings: config.Settings) -> int:
     scores = Scores(
         settings,
         keys,
-        functools.partial(verify, keys, database),
+        Verifier(settings, keys, database).verify,
         on_outcome=routes.on_outcome,
         on_problem=routes.on_problem,
         on_page=routes.on_page,
