@@ -2,9 +2,10 @@
 # make test   the tests: PYTEST_ARGS='-k redis'
 # make check  formatter, linter, types, tests
 # make bench  the benchmarks: BENCH_ARGS
+# make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE
 # Each sets up .venv first, where needed.
 
-.PHONY: run test check bench setup
+.PHONY: run test check bench chaos setup
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
@@ -21,6 +22,9 @@ check: setup
 bench:
 	@scripts/setup.sh embedded,test,bench
 	.venv/bin/python -m bench $(BENCH_ARGS)
+
+chaos: setup
+	@.venv/bin/python -m chaos
 
 setup:
 	@scripts/setup.sh embedded,test

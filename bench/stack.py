@@ -6,6 +6,7 @@ import contextlib
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import confluent_kafka
@@ -24,9 +25,14 @@ SETTLE_WITHIN_S = 300.0
 class Stack:
     """Everything that runs during a benchmark; rate limits are off."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        more_settings: Mapping[str, str] | None = None,
+        redis_options: Mapping[str, str] | None = None,
+    ) -> None:
         """Raises UnavailableError without Java or Maven."""
-        self.redis = RedisServer(directory / "redis")
+        self.redis = RedisServer(directory / "redis", options=redis_options)
         self.kafka = KafkaBroker(directory / "kafka")
         self.postgres = PostgresServer(directory / "postgres")
         settings = {
@@ -36,7 +42,7 @@ class Stack:
             "KAFKA_TOPIC": TOPIC,
             "DATABASE_URL": self.postgres.url,
             "RATE_LIMIT_PER_SECOND": "0",
-        }
+        } | dict(more_settings or {})
         self._environment = environment(settings)
         self.relay = SyncProcess(directory, settings, "relay")
         self.persister = SyncProcess(directory, settings, "persister")

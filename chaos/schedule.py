@@ -1,0 +1,74 @@
+"""What is done to which part, and when: drawn from a seed, so that the same seed does the same again.
+
+Pure: knows no process and no clock.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Final, Literal, NamedTuple
+
+PARTS: Final = ("server", "relay", "persister", "Redis", "Kafka", "PostgreSQL")
+
+PAUSES: Final = 0.25
+"""Share of the hits that are a SIGSTOP."""
+
+PAIRS: Final = 0.35
+"""Share of the steps that hit two parts at once, or one just behind the other."""
+
+LONGEST_DOWN_S: Final = 2.5
+LONGEST_PAUSE_S: Final = 5.0
+"""Longer than the relay's lease and the request deadline, of 2 s each: a part that wakes finds the world changed."""
+
+LONGEST_QUIET_S: Final = 3.0
+
+
+class Hit(NamedTuple):
+    """One part, killed with -9 or paused `after_s` into its step, and started again or resumed `for_s` later."""
+
+    part: str
+    how: Literal["kill", "pause"]
+    after_s: float
+    for_s: float
+
+
+class Step(NamedTuple):
+    """The hits that overlap, then `quiet_s` from the moment all parts answer again."""
+
+    hits: tuple[Hit, ...]
+    quiet_s: float
+
+
+def steps(seed: int, kills: int) -> list[Step]:
+    """Steps with `kills` kills between them, spread evenly over the parts."""
+    rng = random.Random(seed)
+    parts = _dealt(rng)
+    drawn: list[Step] = []
+    left = kills
+    while left:
+        hit_parts = [next(parts)]
+        if rng.random() < PAIRS:
+            hit_parts.append(next(part for part in parts if part != hit_parts[0]))
+        hits = []
+        for place, part in enumerate(hit_parts):
+            hit = _hit(rng, part, rng.uniform(0, 1.5) * place)
+            if hit.how == "kill" and not left:
+                continue
+            left -= hit.how == "kill"
+            hits.append(hit)
+        drawn.append(Step(tuple(hits), round(rng.uniform(0.2, LONGEST_QUIET_S), 3)))
+    return drawn
+
+
+def _dealt(rng: random.Random) -> Iterator[str]:
+    while True:
+        deck = list(PARTS)
+        rng.shuffle(deck)
+        yield from deck
+
+
+def _hit(rng: random.Random, part: str, after_s: float) -> Hit:
+    if rng.random() < PAUSES:
+        return Hit(part, "pause", round(after_s, 3), round(rng.uniform(0.3, LONGEST_PAUSE_S), 3))
+    return Hit(part, "kill", round(after_s, 3), round(rng.uniform(0.1, LONGEST_DOWN_S), 3))
