@@ -215,6 +215,9 @@ class Settings:
         "PostgreSQL 14 or newer, or TimescaleDB",
         secret=True,
     )
+    history_days: int = _setting(
+        "HISTORY_DAYS", _integer(0, 36_500), 30, "how long the database keeps each event, at 200 bytes; 0: for ever"
+    )
 
     live_interval_ms: int = _setting(
         "LIVE_INTERVAL_MS", _integer(1, 10_000), 16, "how long changes gather: one frame of a 60 Hz screen"

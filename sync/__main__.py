@@ -55,7 +55,7 @@ def migrate(argv: list[str]) -> int:
         return 2
     try:
         settings = load()
-        store.migrate(settings.database_url)
+        store.migrate(settings.database_url, settings.history_days)
         topics.ensure_topics(settings)
     except (ScoreboardError, psycopg.Error, KafkaException) as error:
         print(f"migrate: {str(error).strip()}", file=sys.stderr)
@@ -130,7 +130,7 @@ def _relay(settings: Settings, stop: Stop) -> None:
 
 def _persister(settings: Settings, stop: Stop) -> None:
     ready = _when_there("Kafka", lambda: topics.ensure_topics(settings), stop) and _when_there(
-        "the database", lambda: store.migrate(settings.database_url), stop
+        "the database", lambda: store.migrate(settings.database_url, settings.history_days), stop
     )
     if ready:
         Persister(settings, stop).run()

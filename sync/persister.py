@@ -30,6 +30,13 @@ GATHER_S: Final = 0.2
 """How long a batch may gather before it is written."""
 
 CONFIRM_WITHIN_S: Final = 5.0
+FIRST_TIDY_S: Final = 60.0
+"""After a start: there may be much to catch up with first."""
+
+TIDY_EVERY_S: Final = 3600.0
+DELETE_AT_ONCE: Final = 10_000
+"""Old events that go between two batches: more than a batch brings, and little enough not to hold it up."""
+
 _log = logging.getLogger("sync.persister")
 _T = TypeVar("_T")
 
@@ -54,6 +61,7 @@ class Persister:
         self._topic = Topic("", 0)
         self._unplaced: list[TopicPartition] | None = None
         self._early: list[Message] = []
+        self._tidy_at_s = time.monotonic() + FIRST_TIDY_S
 
     @property
     def dead_letters(self) -> int:
@@ -99,6 +107,17 @@ class Persister:
         records = self._take_early() + self._consumer.consume(BATCH_EVENTS, GATHER_S)
         if records:
             self._settle(records)
+        if self._settings.history_days and time.monotonic() >= self._tidy_at_s:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Drop some of the history that is old enough, and all of it by and by."""
+        more = False
+        try:
+            more = self._store.drop_history(self._settings.history_days, DELETE_AT_ONCE)
+        except psycopg.Error as error:
+            _log.warning("old events stay for another hour: %s", str(error).strip())
+        self._tidy_at_s = time.monotonic() + (0 if more else TIDY_EVERY_S)
 
     def _place(self, partitions: list[TopicPartition]) -> None:
         """Begin reading where the database says."""

@@ -1,5 +1,6 @@
 -- schema.sql: idempotent; runs on TimescaleDB (community), TimescaleDB (Apache-only build)
 -- and plain PostgreSQL >= 14. Apply with:  psql -X -1 -v ON_ERROR_STOP=1 -f schema.sql
+-- How many days of history to keep comes in the setting scoreboard.history_days (30 where it is not set; 0: all).
 SET client_min_messages = warning;
 
 -- Two migrators at once would race on CREATE ... IF NOT EXISTS: serialise them.
@@ -62,6 +63,8 @@ DECLARE
     -- Debian's own package is Apache-only: hypertables yes; columnstore, policies, caggs no.
     has_tsl boolean := has_ts AND current_setting('timescaledb.license', true) = 'timescale';
     is_cagg boolean := false;
+    days    integer := coalesce(nullif(current_setting('scoreboard.history_days', true), ''), '30');
+    is_new  boolean := false;                  -- whether the history is from now on kept for another time
     v       record;
     body    text;
 BEGIN
@@ -85,16 +88,24 @@ BEGIN
                 timescaledb.compress_orderby   = 'player_id, at, ver_seq');
         END IF;
         PERFORM add_compression_policy('score_events', INTERVAL '3 days',  if_not_exists => true);
-        PERFORM add_retention_policy  ('score_events', INTERVAL '30 days', if_not_exists => true);
+        is_new := days <> coalesce((
+            SELECT extract(day FROM (config->>'drop_after')::interval)::integer
+            FROM timescaledb_information.jobs
+            WHERE hypertable_schema = current_schema() AND hypertable_name = 'score_events'
+              AND proc_name = 'policy_retention'), 0);
+        IF is_new THEN
+            PERFORM remove_retention_policy('score_events', if_exists => true);
+            IF days > 0 THEN PERFORM add_retention_policy('score_events', make_interval(days => days)); END IF;
+        END IF;
     END IF;
 
     -- 2c. roll-ups: one body, three renderings.
-    -- start_offset: just inside the source's retention. Shorter, and rows older than it vanish
+    -- start_offset (of the hourly one, 14/15 of the time that events are kept): just inside the source's retention. Shorter, and rows older than it vanish
     -- from the view at the first refresh; longer (or NULL), and a replay of events already
     -- dropped from the source would recompute old buckets from the replayed part alone.
     FOR v IN SELECT * FROM (VALUES
         ('score_hourly', 'score_events', 'at',     INTERVAL '1 hour', 'sum(delta)::bigint', 'count(*)',
-         'max(ARRAY[ver_ms, ver_seq, score])', INTERVAL '28 days',  INTERVAL '1 hour', INTERVAL '15 minutes', INTERVAL '180 days'),
+         'max(ARRAY[ver_ms, ver_seq, score])', (CASE days WHEN 0 THEN 30 ELSE days END) * INTERVAL '22.4 hours',  INTERVAL '1 hour', INTERVAL '15 minutes', INTERVAL '180 days'),
         ('score_daily',  'score_hourly', 'bucket', INTERVAL '1 day',  'sum(delta)::bigint', 'sum(events)::bigint',
          'max(last_ver)',                      INTERVAL '175 days', INTERVAL '1 day',  INTERVAL '1 hour',     NULL)
       ) AS t(name, src, ts, width, s, n, lst, start_off, end_off, every, keep)
@@ -114,6 +125,9 @@ BEGIN
                 EXECUTE format('DROP VIEW IF EXISTS %I CASCADE', v.name);   -- plain view from a degraded install
                 EXECUTE format('CREATE MATERIALIZED VIEW %I WITH (timescaledb.continuous, '
                                'timescaledb.materialized_only = false) AS %s WITH NO DATA', v.name, body);
+            END IF;
+            IF is_new THEN
+                PERFORM remove_continuous_aggregate_policy(v.name::regclass, if_exists => true);
             END IF;
             PERFORM add_continuous_aggregate_policy(v.name::regclass, start_offset => v.start_off,
                         end_offset => v.end_off, schedule_interval => v.every, if_not_exists => true);

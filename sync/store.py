@@ -46,6 +46,13 @@ _CORRECT: Final = """
             updated_at = EXCLUDED.updated_at
         WHERE (EXCLUDED.ver_ms, EXCLUDED.ver_seq) >= (s.ver_ms, s.ver_seq)
 """
+_HAS_CHUNKS: Final = "SELECT 1 FROM pg_extension WHERE extname = 'timescaledb'"
+_DROP_CHUNKS: Final = "SELECT drop_chunks('score_events', older_than => make_interval(days => %s))"
+_DELETE_OLD: Final = """
+    DELETE FROM score_events WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM score_events WHERE at < now() - make_interval(days => %s) LIMIT %s
+    ))
+"""
 _T = TypeVar("_T")
 
 
@@ -71,12 +78,14 @@ class Persisted(NamedTuple):
     offsets_advanced: int
 
 
-def migrate(database_url: str) -> None:
+def migrate(database_url: str, history_days: int = 0) -> None:
     """Bring the schema up to date; harmless when it is, and when others do the same.
 
+    `history_days` is how long a TimescaleDB that does it by itself keeps events; 0 is for ever.
     Raises psycopg.Error.
     """
     with psycopg.connect(database_url, connect_timeout=5) as connection:
+        connection.execute("SELECT set_config('scoreboard.history_days', %s, false)", (str(history_days),))
         connection.execute(sql.SQL(_SCHEMA))
 
 
@@ -116,6 +125,13 @@ class Store:
         """Delete the offsets of topics that had this name, except of the one with the id `but_of`."""
         query = "DELETE FROM consumer_offsets WHERE consumer_group = %s AND topic = %s AND topic_id <> %s"
         self._retrying(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
+
+    def drop_history(self, days: int, most: int) -> bool:
+        """Delete events older than that, `most` at once where each is deleted by itself; says if more are left."""
+        if self._retrying(lambda connection: connection.execute(_HAS_CHUNKS).fetchone()):
+            self._retrying(lambda connection: connection.execute(_DROP_CHUNKS, (days,)))
+            return False
+        return self._retrying(lambda connection: connection.execute(_DELETE_OLD, (days, most)).rowcount) == most
 
     def scores_after(self, board: str, player: str, limit: int) -> list[tuple[str, StoredScore]]:
         """The next `limit` players of a board behind `player`, in the index's order; "" is before the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from server.config import Settings
 from server.embedded import PostgresServer
 from server.errors import TopicChanged
 from server.events import PERSISTER_GROUP
+from sync import persister
 from sync.persister import Persister
 from sync.placement import LogGap, check_topic, first_offset
 from sync.store import Store, StoredOffset, migrate
@@ -78,9 +80,9 @@ def make_anew(settings: Settings) -> None:
 @pytest.mark.postgres
 def test_events_become_history_scores_and_offsets(settings: Settings, database: psycopg.Connection[Any]) -> None:
     put_records(settings, [event(f"player{i % 7}", 1000 + i, score=i) for i in range(700)])
-    with running(Persister, settings) as persister:
+    with running(Persister, settings) as part:
         wait_until(lambda: caught_up(database, 700))
-    assert persister.persisted_events == stored(database) == 700
+    assert part.persisted_events == stored(database) == 700
     assert scores(database) == {f"player{i % 7}": i for i in range(693, 700)}
 
 
@@ -166,16 +168,32 @@ def test_records_that_cannot_be_stored_are_put_aside_and_block_nothing(
     good = [event(f"player{i}", 1000 + i, score=i) for i in range(50)]
     put_records(settings, [*good[:20], b"not JSON", b"", event("nul\0", 1000), *good[20:]])
     put_records(settings, [event("ann", 1000)], version=b"2")
-    with running(Persister, settings) as persister:
+    with running(Persister, settings) as part:
         wait_until(lambda: caught_up(database, 54))
     assert stored(database) == 50
-    assert persister.dead_letters == 4
+    assert part.dead_letters == 4
     letters = records_of(settings, settings.dead_letter_topic)
     assert len(letters) == 4
     reasons = {letter.value(): dict(letter.headers()) for letter in letters}
     assert set(reasons[b"not JSON"]) >= {"reason", "topic", "partition", "offset"}
     assert reasons[b"not JSON"]["topic"] == settings.kafka_topic.encode()
     assert b"JSON is malformed" in reasons[b"not JSON"]["reason"]
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_history_is_kept_as_long_as_the_settings_say(
+    settings: Settings, database: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(persister, "FIRST_TIDY_S", 0.0)
+    monkeypatch.setattr(persister, "TIDY_EVERY_S", 0.1)
+    monkeypatch.setattr(persister, "DELETE_AT_ONCE", 100)
+    now_ms, day_ms = time.time_ns() // 1_000_000, 86_400_000
+    put_records(settings, [event("ann", now_ms - 3 * day_ms + i) for i in range(1000)])
+    put_records(settings, [event("ann", now_ms - 100_000 + i, score=i) for i in range(10)])
+    with running(Persister, dataclasses.replace(settings, history_days=2)):
+        wait_until(lambda: caught_up(database, 1010) and stored(database) == 10)
+    assert scores(database) == {"ann": 9}
 
 
 @contextmanager
@@ -194,13 +212,13 @@ def shut_out(settings: Settings, postgres_server: PostgresServer) -> Iterator[No
 @pytest.mark.kafka
 @pytest.mark.postgres
 def test_database_away_is_waited_for(settings: Settings, postgres_server: PostgresServer) -> None:
-    with running(Persister, settings) as persister:
+    with running(Persister, settings) as part:
         put_records(settings, [event("ann", 1000)])
-        wait_until(lambda: persister.persisted_events == 1)
+        wait_until(lambda: part.persisted_events == 1)
         with shut_out(settings, postgres_server):
             put_records(settings, [event("ann", 2000 + i, score=i) for i in range(100)])
-            wait_until(lambda: persister.outages == 1)
-        wait_until(lambda: persister.persisted_events == 101)
+            wait_until(lambda: part.outages == 1)
+        wait_until(lambda: part.persisted_events == 101)
     with psycopg.connect(settings.database_url) as database:
         assert scores(database) == {"ann": 99}
 

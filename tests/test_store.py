@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,6 +116,17 @@ def test_refused_batch_leaves_nothing_behind(database: psycopg.Connection[Any], 
         persist(store, [event("ann", 1000), event("b\0b", 1000)], {0: 2})
     assert scores(database) == {}
     assert store.offsets("updates") == {}
+
+
+def test_old_history_goes_and_scores_stay(database: psycopg.Connection[Any], store: Store) -> None:
+    now_ms, day_ms = time.time_ns() // 1_000_000, 86_400_000
+    persist(store, [event(f"old{i}", now_ms - 40 * day_ms + i) for i in range(25)])
+    persist(store, [event(f"new{i}", now_ms - 20 * day_ms + i) for i in range(25)])
+    while store.drop_history(days=30, most=10):
+        pass
+    left = database.execute("SELECT player_id FROM score_events").fetchall()
+    assert {player for (player,) in left} == {f"new{i}" for i in range(25)}
+    assert len(scores(database)) == 50
 
 
 def test_lost_connection_is_made_again(database: psycopg.Connection[Any], store: Store) -> None:
