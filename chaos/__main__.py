@@ -17,20 +17,23 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Final
 
 import msgspec
 
 from bench.stack import Stack
-from chaos.checks import Verdict, judge
+from chaos import schedule
+from chaos.checks import Verdict, judge, judge_losses
 from chaos.clients import ANSWER_WITHIN_S, Figures
 from chaos.ledger import Ledger
-from chaos.schedule import PARTS, Hit, Step, steps
+from chaos.losses import lose
+from chaos.schedule import PARTS, Hit, Loss, Step
 from tests.services import JWT_SECRET, ROOT, UnavailableError, wait_until
 
 KILLS: Final = 200
+LOSSES: Final = 15
 RATE: Final = 3000
 BACK_WITHIN_S: Final = 90.0
 
@@ -87,6 +90,7 @@ class Run:
         self.kills: Counter[str] = Counter()
         self.pauses: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
+        self._stack = stack
         self._parts = stack.measured
 
     def take(self, step: Step) -> None:
@@ -104,6 +108,12 @@ class Run:
             act(hit)
         self.wait_for([part for part in hit_parts if part != "Kafka"])
         time.sleep(step.quiet_s)
+
+    def lose(self, loss: Loss) -> None:
+        """Let Redis lose something, return when its quiet is over."""
+        self.kills["Redis"] += loss.how != "flush"
+        lose(self._stack, loss)
+        time.sleep(loss.quiet_s)
 
     def wait_for(self, names: Iterable[str]) -> None:
         """Return when these parts answer; one that ended by itself is started again, and counted."""
@@ -132,10 +142,11 @@ class Run:
         part.launch() if hit.how == "kill" else part.resume()
 
 
-def run(directory: Path, seed: int, kills: int, rate: int) -> bool:
+def run(directory: Path, seed: int, kills: int, rate: int, losses: bool = False) -> bool:
     """One run, printed; whether nothing was lost or doubled and all places agree.
 
-    Raises UnavailableError without Java or Maven.
+    With `losses` there are no kills, but as many losses of what Redis had acknowledged. Raises UnavailableError
+    without Java or Maven.
     """
     print(f"chaos: CHAOS_SEED={seed} CHAOS_KILLS={kills} CHAOS_RATE={rate}", flush=True)
     with contextlib.ExitStack() as cleanup:
@@ -145,23 +156,29 @@ def run(directory: Path, seed: int, kills: int, rate: int) -> bool:
         cleanup.callback(load.stop)
         wait_until(lambda: load.figures.acknowledged, 30, "nothing is acknowledged")
         torture = Run(stack)
-        planned = steps(seed, kills)
+        planned: Sequence[Step | Loss] = schedule.losses(seed, kills) if losses else schedule.steps(seed, kills)
         for number, step in enumerate(planned, 1):
-            torture.take(step)
-            _say(number, len(planned), step, load.figures)
+            torture.take(step) if isinstance(step, Step) else torture.lose(step)
+            print(f"{number:4}/{len(planned)} {load.figures.acknowledged:9,} acknowledged  {_words(step)}", flush=True)
         began_s = time.monotonic()
         torture.wait_for(PARTS)
         ledger = load.finish()
         wait_until(lambda: stack.server.status_of("/readyz") == 200, BACK_WITHIN_S, "the server is not ready")
         stack.settle()
         heal_s = time.monotonic() - began_s
-        verdict = judge(stack, ledger)
+        verdict = judge_losses(stack, ledger) if losses else judge(stack, ledger)
         return _report(torture, load.figures, heal_s, verdict)
 
 
-def _say(number: int, of: int, step: Step, figures: Figures) -> None:
-    hits = " + ".join(f"{hit.how} {hit.part} for {hit.for_s:.1f} s" for hit in step.hits)
-    print(f"{number:4}/{of} {figures.acknowledged:9,} acknowledged  {hits}", flush=True)
+def _words(step: Step | Loss) -> str:
+    if isinstance(step, Step):
+        return " + ".join(f"{hit.how} {hit.part} for {hit.for_s:.1f} s" for hit in step.hits)
+    paused = f", the relay paused for {step.relay_s:.2f} s" if step.relay_s else ""
+    return {
+        "truncate": f"cut {step.cut_bytes:,} bytes off the append-only file{paused}",
+        "promote": f"promote a replica that lags {step.lag_s:.2f} s{paused}",
+        "flush": f"FLUSHALL{paused}",
+    }[step.how]
 
 
 def _report(torture: Run, figures: Figures, heal_s: float, verdict: Verdict) -> bool:
@@ -175,37 +192,47 @@ def _report(torture: Run, figures: Figures, heal_s: float, verdict: Verdict) -> 
         "never answered": f"{figures.unanswered:,}",
         "lost": f"{verdict.lost:,}",
         "duplicated": f"{verdict.duplicated:,}",
+        "excused": "" if verdict.excused is None else f"{verdict.excused:,}: lost by Redis before Kafka had them",
         "longest outage seen by a client": f"{figures.longest_outage_ms / 1000:.1f} s",
         "time to heal": f"{heal_s:.1f} s",
     }
     print()
     for name, value in lines.items():
-        print(f"{name:32}{value}")
+        if value:
+            print(f"{name:32}{value}")
     for line in verdict.disagreements[:20]:
         print(f"wrong: {line}")
+    excused = "" if verdict.excused is None else f" excused={verdict.excused}"
     print(
         f"chaos: kills={torture.kills.total()} acknowledged={figures.acknowledged} lost={verdict.lost}"
-        f" duplicated={verdict.duplicated} longest_outage_ms={figures.longest_outage_ms}",
+        f" duplicated={verdict.duplicated}{excused} longest_outage_ms={figures.longest_outage_ms}",
         flush=True,
     )
     unwanted = verdict.lost or verdict.duplicated or verdict.disagreements or figures.unanswered or figures.refused
     return not unwanted
 
 
-def main() -> int:
-    """Run as the environment says; returns the exit status."""
+def main(argv: list[str]) -> int:
+    """Run as the environment says, with `losses` the second schedule; returns the exit status."""
+    if argv not in ([], ["losses"]):
+        print(f"usage: chaos [losses], got: {' '.join(argv)}", file=sys.stderr)
+        return 2
+    losses = bool(argv)
     logging.basicConfig(format="chaos: %(message)s")
     seed = int(os.environ.get("CHAOS_SEED") or secrets.randbelow(10**6))
-    kills, rate = int(os.environ.get("CHAOS_KILLS") or KILLS), int(os.environ.get("CHAOS_RATE") or RATE)
+    kills, rate = (
+        int(os.environ.get("CHAOS_KILLS") or (LOSSES if losses else KILLS)),
+        int(os.environ.get("CHAOS_RATE") or RATE),
+    )
     with tempfile.TemporaryDirectory(prefix="scoreboard-chaos-") as directory:
         # Readable by the user that PostgreSQL runs as, which is not root.
         Path(directory).chmod(0o755)
         try:
-            return 0 if run(Path(directory), seed, kills, rate) else 1
+            return 0 if run(Path(directory), seed, kills, rate, losses) else 1
         except UnavailableError as error:
             print(f"chaos: {error}", file=sys.stderr)
             return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,32 +7,53 @@ from __future__ import annotations
 
 import json
 import urllib.request
-from typing import Final, NamedTuple
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
 
+import confluent_kafka
 import psycopg
 import redis
 
-from bench.stack import Stack
+from bench.stack import TOPIC, Stack
 from chaos.ledger import Ledger, player_name
+from server.events import MEMORY_HEADER, decode_event
 from server.keys import Keys
 
-# Deltas are positive, so a player's new score names one update of that player, and no other can bring it again.
-_TABLE: Final = "CREATE TABLE acknowledged (player_id text, delta bigint, score bigint)"
+_TABLE: Final = "CREATE TABLE acknowledged (update bigint, player_id text, delta bigint, score bigint)"
+# Deltas are positive, so a player's new score names one update of that player: while Redis loses nothing, no other
+# can bring it again.
 _LEDGER: Final = "SELECT player_id, delta, score FROM acknowledged"
 _HISTORY: Final = "SELECT player_id, delta, score FROM score_events"
 _LOST: Final = f"SELECT count(*) FROM ({_LEDGER} EXCEPT ALL {_HISTORY}) AS missing"
 _DUPLICATED: Final = f"SELECT count(*) FROM ({_HISTORY} EXCEPT ALL {_LEDGER}) AS extra"
 _TWICE: Final = "SELECT count(*) - count(DISTINCT (ver_ms, ver_seq)) FROM score_events"
 
+# Where Redis did lose something, a record's memory says which update it is of: `update` is its key.
+_RECORDED: Final = "CREATE TABLE recorded (update bigint, ms bigint, seq bigint, PRIMARY KEY (update, ms, seq))"
+_RECORD: Final = """
+    INSERT INTO recorded SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[]) ON CONFLICT DO NOTHING
+"""
+_EXCUSED: Final = "SELECT count(*) FROM acknowledged WHERE update NOT IN (SELECT update FROM recorded)"
+_RECORDED_BUT_LOST: Final = """
+    SELECT count(*) FROM recorded AS r
+    WHERE NOT EXISTS (SELECT FROM score_events AS e WHERE (e.ver_ms, e.ver_seq) = (r.ms, r.seq))
+"""
+_RECORDED_TWICE: Final = "SELECT count(*) - count(DISTINCT update) FROM recorded"
+
+READ_RECORDS: Final = 10_000
 Scores = dict[str, int]
 
 
 class Verdict(NamedTuple):
-    """Updates that are not in the history, changes in it that nobody was told of, and what else is wrong."""
+    """Updates that are not in the history, changes in it that nobody was told of, and what else is wrong.
+
+    `excused` were acknowledged, but lost by Redis before Kafka had them; None where Redis may lose nothing.
+    """
 
     lost: int
     duplicated: int
     disagreements: list[str]
+    excused: int | None = None
 
 
 def judge(stack: Stack, ledger: Ledger) -> Verdict:
@@ -49,6 +70,24 @@ def judge(stack: Stack, ledger: Ledger) -> Verdict:
     if _page(stack) != [(player, score) for score, player in top]:
         wrong.append("GET /leaderboard is not the ledger's order")
     return Verdict(lost, extra, wrong)
+
+
+def judge_losses(stack: Stack, ledger: Ledger) -> Verdict:
+    """Compare all places with each other, and the ledger with Kafka; nothing may be on its way any more."""
+    with psycopg.connect(stack.postgres.url) as connection:
+        places = {**_in_redis(stack), **_in_database(connection)}
+        _write_down(connection, ledger)
+        connection.execute(_RECORDED)
+        for columns in _records(stack):
+            connection.execute(_RECORD, columns)
+        connection.execute("ANALYZE recorded, acknowledged")
+        counts = [_number(connection, query) for query in (_RECORDED_BUT_LOST, _RECORDED_TWICE, _EXCUSED, _TWICE)]
+    lost, twice, excused, same_id = counts
+    history = places["the sums of score_events"]
+    wrong = [line for place, scores in places.items() for line in differences(place, history, scores)]
+    if same_id:
+        wrong.append(f"score_events has {same_id} event ids twice")
+    return Verdict(lost, twice, wrong, excused)
 
 
 def differences(place: str, expected: Scores, found: Scores) -> list[str]:
@@ -86,8 +125,36 @@ def _in_database(connection: psycopg.Connection) -> dict[str, Scores]:
 def _write_down(connection: psycopg.Connection, ledger: Ledger) -> None:
     connection.execute(_TABLE)
     with connection.cursor() as cursor, cursor.copy("COPY acknowledged FROM STDIN") as copy:
-        for _, player, delta, new_score in ledger:
-            copy.write(f"{player_name(player)}\t{delta}\t{new_score}\n")
+        for update, player, delta, new_score in ledger:
+            copy.write(f"{update}\t{player_name(player)}\t{delta}\t{new_score}\n")
+
+
+def _records(stack: Stack) -> Iterator[tuple[list[int], list[int], list[int]]]:
+    """Update, milliseconds and sequence of all events in Kafka, some at a time."""
+    consumer = confluent_kafka.Consumer({"bootstrap.servers": stack.kafka.brokers, "group.id": "chaos"})
+    try:
+        left: dict[int, int] = {}
+        for number in consumer.list_topics(TOPIC, timeout=10).topics[TOPIC].partitions:
+            left[number] = consumer.get_watermark_offsets(confluent_kafka.TopicPartition(TOPIC, number), timeout=10)[1]
+        consumer.assign([confluent_kafka.TopicPartition(TOPIC, number, 0) for number, end in left.items() if end])
+        unread = sum(left.values())
+        while unread:
+            updates, ms, seq = [], [], []
+            for record in consumer.consume(READ_RECORDS, 5):
+                assert record.error() is None, record.error()
+                unread -= 1
+                version = decode_event(record.value()).version
+                ms.append(version[0])
+                seq.append(version[1])
+                updates.append(_update_of(record))
+            yield updates, ms, seq
+    finally:
+        consumer.close()
+
+
+def _update_of(record: confluent_kafka.Message) -> int:
+    headers: Any = record.headers()
+    return int(dict(headers)[MEMORY_HEADER].rpartition(b":")[2])
 
 
 def _number(connection: psycopg.Connection, query: str) -> int:

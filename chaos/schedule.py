@@ -11,6 +11,10 @@ from typing import Final, Literal, NamedTuple
 
 PARTS: Final = ("server", "relay", "persister", "Redis", "Kafka", "PostgreSQL")
 
+LOSSES: Final = ("truncate", "promote", "flush")
+LARGEST_CUT_BYTES: Final = 500_000
+"""About half a second of a full load."""
+
 PAUSES: Final = 0.25
 """Share of the hits that are a SIGSTOP."""
 
@@ -43,7 +47,7 @@ class Step(NamedTuple):
 def steps(seed: int, kills: int) -> list[Step]:
     """Steps with `kills` kills between them, spread evenly over the parts."""
     rng = random.Random(seed)
-    parts = _dealt(rng)
+    parts = _dealt(rng, PARTS)
     drawn: list[Step] = []
     left = kills
     while left:
@@ -61,9 +65,35 @@ def steps(seed: int, kills: int) -> list[Step]:
     return drawn
 
 
-def _dealt(rng: random.Random) -> Iterator[str]:
+class Loss(NamedTuple):
+    """What Redis forgets, with the relay paused for `relay_s` before it so that some of that is not in Kafka either."""
+
+    how: str
+    relay_s: float
+    lag_s: float  # of the replica that is promoted
+    cut_bytes: int  # off the end of the append-only file
+    quiet_s: float
+
+
+def losses(seed: int, count: int) -> list[Loss]:
+    """`count` losses, spread evenly over the ways there are."""
+    rng = random.Random(seed)
+    ways = _dealt(rng, LOSSES)
+    return [
+        Loss(
+            how=next(ways),
+            relay_s=round(rng.choice((0, rng.uniform(0.05, 0.5))), 3),
+            lag_s=round(rng.uniform(0.05, 1.5), 3),
+            cut_bytes=rng.randint(1, LARGEST_CUT_BYTES),
+            quiet_s=round(rng.uniform(1, LONGEST_QUIET_S), 3),
+        )
+        for _ in range(count)
+    ]
+
+
+def _dealt(rng: random.Random, cards: tuple[str, ...]) -> Iterator[str]:
     while True:
-        deck = list(PARTS)
+        deck = list(cards)
         rng.shuffle(deck)
         yield from deck
 
