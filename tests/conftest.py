@@ -12,6 +12,7 @@ import redis as redis_client
 
 from server.embedded import PostgresServer, RedisServer, Service
 from tests.services import KafkaBroker, UnavailableError
+from tests.timescale import TimescaleServer
 
 _numbers = itertools.count(1)
 
@@ -69,6 +70,30 @@ def database_url(postgres_server: PostgresServer) -> Iterator[str]:
     with psycopg.connect(postgres_server.url, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
         yield postgres_server.url_of(name)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def timescale_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One TimescaleDB for all tests."""
+    try:
+        server = TimescaleServer(tmp_path_factory.mktemp("timescale") / "timescale.log")
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    try:
+        yield from _running(server)
+    finally:
+        server.remove()
+
+
+@pytest.fixture
+def timescale_url(timescale_server: TimescaleServer) -> Iterator[str]:
+    """A database of the test's own, empty, on a server that has TimescaleDB."""
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(timescale_server.url_of("postgres"), autocommit=True) as connection:
+        # template1 may be looked at by TimescaleDB's workers at this moment.
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        yield timescale_server.url_of(name)
         connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 

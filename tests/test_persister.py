@@ -15,7 +15,6 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from server.config import Settings
-from server.embedded import PostgresServer
 from server.errors import TopicChanged
 from server.events import PERSISTER_GROUP
 from sync import persister
@@ -25,6 +24,12 @@ from sync.store import Store, StoredOffset, migrate
 from sync.topics import Topic, ensure_topics, look_up
 from tests.services import KafkaBroker, SyncProcess, wait_until
 from tests.sync_parts import environment_of, event, put_records, records_of, running
+
+
+@pytest.fixture(params=["postgres", pytest.param("timescale", marks=pytest.mark.timescale)])
+def database_url(request: pytest.FixtureRequest, database_url: str) -> str:
+    """An empty database, on either kind of server."""
+    return str(request.getfixturevalue("timescale_url")) if request.param == "timescale" else database_url
 
 
 @pytest.fixture
@@ -197,10 +202,10 @@ def test_history_is_kept_as_long_as_the_settings_say(
 
 
 @contextmanager
-def shut_out(settings: Settings, postgres_server: PostgresServer) -> Iterator[None]:
+def shut_out(settings: Settings) -> Iterator[None]:
     """Nobody reaches the database for the length of a `with`."""
-    name = settings.database_url.rpartition("/")[2]
-    with psycopg.connect(postgres_server.url, autocommit=True) as admin:
+    server, _, name = settings.database_url.rpartition("/")
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as admin:
         admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
         try:
@@ -211,11 +216,11 @@ def shut_out(settings: Settings, postgres_server: PostgresServer) -> Iterator[No
 
 @pytest.mark.kafka
 @pytest.mark.postgres
-def test_database_away_is_waited_for(settings: Settings, postgres_server: PostgresServer) -> None:
+def test_database_away_is_waited_for(settings: Settings) -> None:
     with running(Persister, settings) as part:
         put_records(settings, [event("ann", 1000)])
         wait_until(lambda: part.persisted_events == 1)
-        with shut_out(settings, postgres_server):
+        with shut_out(settings):
             put_records(settings, [event("ann", 2000 + i, score=i) for i in range(100)])
             wait_until(lambda: part.outages == 1)
         wait_until(lambda: part.persisted_events == 101)
@@ -225,13 +230,11 @@ def test_database_away_is_waited_for(settings: Settings, postgres_server: Postgr
 
 @pytest.mark.kafka
 @pytest.mark.postgres
-def test_partitions_that_change_hands_while_the_database_is_away_are_read_on(
-    settings: Settings, postgres_server: PostgresServer
-) -> None:
+def test_partitions_that_change_hands_while_the_database_is_away_are_read_on(settings: Settings) -> None:
     with running(Persister, settings) as first:
         put_records(settings, [event(f"player{i}", 1000) for i in range(30)])
         wait_until(lambda: first.persisted_events == 30)
-        with shut_out(settings, postgres_server):
+        with shut_out(settings):
             put_records(settings, [event(f"player{i}", 2000) for i in range(30)])
             wait_until(lambda: first.outages == 1)
             with running(Persister, settings) as second:

@@ -19,6 +19,12 @@ from tests.sync_parts import event
 pytestmark = pytest.mark.postgres
 
 
+@pytest.fixture(params=["postgres", pytest.param("timescale", marks=pytest.mark.timescale)])
+def database_url(request: pytest.FixtureRequest, database_url: str) -> str:
+    """An empty database, on either kind of server."""
+    return str(request.getfixturevalue("timescale_url")) if request.param == "timescale" else database_url
+
+
 @pytest.fixture
 def database(database_url: str) -> Iterator[psycopg.Connection[Any]]:
     migrate(database_url)
