@@ -5,6 +5,7 @@ scoreboard sync        relay and persister; `sync relay` or `sync persister` for
 scoreboard all         both of them: what the container runs
 scoreboard migrate     create the Kafka topics and the database schema
 scoreboard reconcile   compare Redis with the database; --repair puts the database right
+scoreboard dead-letters   list the records that could not be stored; --replay sends them once more
 scoreboard token       print a token, or many for a load test
 scoreboard dev         everything on this machine, with embedded services
 """
@@ -143,6 +144,13 @@ def reconcile(argv: list[str]) -> int:
     return run(argv)
 
 
+def dead_letters(argv: list[str]) -> int:
+    """List or replay what could not be stored."""
+    from sync.__main__ import list_dead_letters as run
+
+    return run(argv)
+
+
 def dev(argv: list[str]) -> int:
     """Run everything on this machine."""
     from server.dev import dev as run
@@ -156,6 +164,7 @@ COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "all": run_all,
     "migrate": migrate,
     "reconcile": reconcile,
+    "dead-letters": dead_letters,
     "token": token,
     "dev": dev,
 }

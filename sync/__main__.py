@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final, TextIO
 
@@ -21,7 +22,7 @@ from confluent_kafka import KafkaException
 from server.config import Settings, load
 from server.errors import ScoreboardError
 from server.supervisor import Child, Supervisor
-from sync import store, topics
+from sync import dead_letters, store, topics
 from sync.persister import Persister
 from sync.reconcile import Reconciliation
 from sync.relay import Relay
@@ -84,6 +85,53 @@ def reconcile(argv: list[str]) -> int:
                 return status
     finally:
         reconciliation.close()
+
+
+def list_dead_letters(argv: list[str]) -> int:
+    """List the records that could not be stored, or send them once more; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="scoreboard dead-letters",
+        description="List the records that could not be stored: topic/partition:offset, when, why, what.",
+    )
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="list the latest N only (100)")
+    parser.add_argument(
+        "--replay", action="store_true", help="send them to their topic once more; what counted counts once"
+    )
+    parser.add_argument("--only", type=_place, metavar="PARTITION:OFFSET", help="replay this one alone")
+    arguments = parser.parse_args(argv)
+    if arguments.only and not arguments.replay:
+        parser.error("--only says what to --replay")
+    try:
+        settings = load()
+        if arguments.replay:
+            return _replay(settings, arguments.only)
+        latest: deque[str] = deque(maxlen=max(0, arguments.limit))
+        count = 0
+        for letter in dead_letters.letters(settings):
+            latest.append(str(letter))
+            count += 1
+    except (ScoreboardError, KafkaException) as error:
+        _print(f"dead-letters: {error}", sys.stderr)
+        return 1
+    for line in latest:
+        _print(line)
+    _print(f"{count} dead letters" + (f", the latest {len(latest)} of them listed" if count > len(latest) else ""))
+    return 0
+
+
+def _replay(settings: Settings, only: tuple[int, int] | None) -> int:
+    found = dead_letters.letters(settings)
+    chosen = (letter for letter in found if letter.topic and only in (None, (letter.partition, letter.offset)))
+    count = dead_letters.send_again(settings, chosen)
+    _print(f"{count} records sent once more")
+    return 1 if only and not count else 0
+
+
+def _place(text: str) -> tuple[int, int]:
+    matched = re.fullmatch(r"(\d+):(\d+)", text)
+    if not matched:
+        raise argparse.ArgumentTypeError(f"expected PARTITION:OFFSET such as 3:17, got {text!r}")
+    return int(matched[1]), int(matched[2])
 
 
 def _reconcile_once(reconciliation: Reconciliation, *, repair: bool) -> int:
