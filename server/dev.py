@@ -121,6 +121,7 @@ class Development:
         self._postgres: PostgresServer | None = None
         self._kafka: MockKafka | None = None
         self._demo: DemoPlayers | None = None
+        self._reconcile: Child | None = None
 
     # ------------------------------------------------------------------ start
 
@@ -138,6 +139,10 @@ class Development:
         self.supervisor.children += [self._server, self._sync]
         self.supervisor.start()
         self._wait_until_ready()
+        if self._kafka:
+            # The broker's memory went with the last stop, and perhaps events in it.
+            self._reconcile = self._child("reconcile", "--repair")
+            self._reconcile.launch()
         if demo and signing_algorithm(self.settings):
             self._demo = DemoPlayers(self._host, self.settings.port, functools.partial(token, self.settings))
             self._demo.start()
@@ -182,9 +187,10 @@ class Development:
         self.supervisor.children.append(store)
         store.start()
 
-    def _child(self, command: str) -> Child:
+    def _child(self, command: str, *arguments: str) -> Child:
         name = "server" if command == "serve" else command
-        return Child(name, [sys.executable, "-m", "server", command], self._environ, log=self._new_log(name))
+        argv = [sys.executable, "-m", "server", command, *arguments]
+        return Child(name, argv, self._environ, log=self._new_log(name))
 
     def _new_log(self, name: str) -> Path:
         log = self._data.absolute() / f"{name.lower()}.log"
@@ -227,6 +233,8 @@ class Development:
         )
         if self._demo:
             self._demo.stop()
+        if self._reconcile:
+            self._reconcile.stop()
         self.supervisor.stop_one(self._server)
         if self._kafka:
             self._drain()
@@ -240,7 +248,7 @@ class Development:
         """End at once whatever still runs."""
         if self._demo:
             self._demo.leave()
-        for child in self.supervisor.children:
+        for child in (*self.supervisor.children, *([self._reconcile] if self._reconcile else [])):
             if child.running:
                 child.kill()
 

@@ -116,6 +116,29 @@ def test_board_is_still_there_after_stop_and_start(dev: Callable[..., Dev]) -> N
     assert second.stop(20) == 0
 
 
+def database_of(running: Dev) -> str:
+    found = re.search(r"postgresql://\S+", running.screen)
+    assert found, running.screen
+    return found[0]
+
+
+def test_next_start_puts_the_database_right_from_redis(dev: Callable[..., Dev], tmp_path: Path) -> None:
+    query = "SELECT score FROM scores WHERE player_id = 'player123'"
+    first = dev("--no-demo")
+    first.start()
+    first.curl()
+    with psycopg.connect(database_of(first), autocommit=True) as database:
+        wait_until(lambda: database.execute(query).fetchone() == (5,))
+        wait_until(lambda: " players compared in " in (tmp_path / "data/reconcile.log").read_text(), 30)
+        database.execute("UPDATE scores SET score = 3")  # as if events had been lost
+    assert first.stop(20) == 0
+    second = dev("--no-demo")
+    second.start()
+    with psycopg.connect(database_of(second), autocommit=True) as database:
+        wait_until(lambda: database.execute(query).fetchone() == (5,), 30)
+    assert second.stop(20) == 0
+
+
 def test_secret_is_for_the_owner_only(dev: Callable[..., Dev], tmp_path: Path) -> None:
     dev("--no-demo").start()
     assert stat.S_IMODE((tmp_path / "data" / "jwt-secret").stat().st_mode) == 0o600
