@@ -109,10 +109,14 @@ class Run:
         self.wait_for([part for part in hit_parts if part != "Kafka"])
         time.sleep(step.quiet_s)
 
-    def lose(self, loss: Loss) -> None:
-        """Let Redis lose something, return when its quiet is over."""
+    def lose(self, loss: Loss, load: Load) -> None:
+        """Let Redis lose something, return when updates are acknowledged again and its quiet is over."""
         self.kills["Redis"] += loss.how != "flush"
+        self.kills["relay"] += loss.relay_s > 0
         lose(self._stack, loss)
+        time.sleep(1.5)  # so that the figures are of later than that: they come once a second
+        before = load.figures.acknowledged
+        wait_until(lambda: load.figures.acknowledged > before, BACK_WITHIN_S, "nothing is acknowledged any more")
         time.sleep(loss.quiet_s)
 
     def wait_for(self, names: Iterable[str]) -> None:
@@ -158,7 +162,7 @@ def run(directory: Path, seed: int, kills: int, rate: int, losses: bool = False)
         torture = Run(stack)
         planned: Sequence[Step | Loss] = schedule.losses(seed, kills) if losses else schedule.steps(seed, kills)
         for number, step in enumerate(planned, 1):
-            torture.take(step) if isinstance(step, Step) else torture.lose(step)
+            torture.take(step) if isinstance(step, Step) else torture.lose(step, load)
             print(f"{number:4}/{len(planned)} {load.figures.acknowledged:9,} acknowledged  {_words(step)}", flush=True)
         began_s = time.monotonic()
         torture.wait_for(PARTS)
@@ -173,11 +177,11 @@ def run(directory: Path, seed: int, kills: int, rate: int, losses: bool = False)
 def _words(step: Step | Loss) -> str:
     if isinstance(step, Step):
         return " + ".join(f"{hit.how} {hit.part} for {hit.for_s:.1f} s" for hit in step.hits)
-    paused = f", the relay paused for {step.relay_s:.2f} s" if step.relay_s else ""
+    relay = f", the relay dead for {step.relay_s:.2f} s before" if step.relay_s else ""
     return {
-        "truncate": f"cut {step.cut_bytes:,} bytes off the append-only file{paused}",
-        "promote": f"promote a replica that lags {step.lag_s:.2f} s{paused}",
-        "flush": f"FLUSHALL{paused}",
+        "truncate": f"cut {step.cut_bytes:,} bytes off the append-only file{relay}",
+        "promote": f"promote a replica that lags {step.lag_s:.2f} s{relay}",
+        "flush": f"FLUSHALL{relay}",
     }[step.how]
 
 

@@ -19,21 +19,23 @@ BACK_WITHIN_S = 30.0
 def lose(stack: Stack, loss: Loss) -> None:
     """Do it; Redis runs again when this returns."""
     if loss.how == "flush":
-        _pause_relay(stack, loss)
+        _kill_relay(stack, loss)
         _flush(stack.redis)
     elif loss.how == "truncate":
-        _pause_relay(stack, loss)
+        _kill_relay(stack, loss)
         stack.redis.kill()
         _truncate(stack.redis.data, loss.cut_bytes)
         stack.redis.start()
     else:
         _promote(stack, loss)
-    stack.relay.resume()
-
-
-def _pause_relay(stack: Stack, loss: Loss) -> None:
     if loss.relay_s:
-        stack.relay.pause()
+        stack.relay.launch()
+
+
+def _kill_relay(stack: Stack, loss: Loss) -> None:
+    # Killed, not paused: one that sleeps through all of it may still deliver what was lost, when all is compared.
+    if loss.relay_s:
+        stack.relay.kill()
         time.sleep(loss.relay_s)
 
 
@@ -62,10 +64,10 @@ def _promote(stack: Stack, loss: Loss) -> None:
             time.sleep(0.5)
             client.replicaof("NO", "ONE")  # what comes from here on is its lag
         time.sleep(loss.lag_s)
-        _pause_relay(stack, loss)
+        _kill_relay(stack, loss)
         primary.kill()
     finally:
-        replica.stop()
+        replica.kill()  # what it has written stays, and nobody is told of its end
     # A server has one address for Redis, so the replica moves there: by its data, in a process of its own.
     shutil.rmtree(primary.data / "appendonlydir")
     shutil.copytree(data / "appendonlydir", primary.data / "appendonlydir")

@@ -66,7 +66,7 @@ def steps(seed: int, kills: int) -> list[Step]:
 
 
 class Loss(NamedTuple):
-    """What Redis forgets, with the relay paused for `relay_s` before it so that some of that is not in Kafka either."""
+    """What Redis forgets, with the relay dead for `relay_s` before it so that some of that is not in Kafka either."""
 
     how: str
     relay_s: float

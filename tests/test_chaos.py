@@ -10,7 +10,7 @@ import pytest
 from chaos.__main__ import run
 from chaos.checks import differences
 from chaos.ledger import Ledger
-from chaos.schedule import PARTS, steps
+from chaos.schedule import LOSSES, PARTS, losses, steps
 from tests.services import UnavailableError
 
 SEED, KILLS = 46, 6  # kills every part, two of them in pairs, and pauses one
@@ -42,6 +42,11 @@ def test_pair_is_of_two_parts(seed: int) -> None:
     assert pairs
     assert all(first.part != second.part for first, second in pairs)
     assert all(step.hits for step in steps(seed, 200))
+
+
+def test_losses_are_of_every_kind_and_the_same_for_a_seed() -> None:
+    assert losses(7, 15) == losses(7, 15)
+    assert Counter(loss.how for loss in losses(7, 15)) == dict.fromkeys(LOSSES, 5)
 
 
 def test_ledger_adds_up_what_was_acknowledged(tmp_path: Path) -> None:
