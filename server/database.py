@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final, cast
 
@@ -137,7 +137,7 @@ class Snapshot:
             cursor = await self._connection.execute(_OFFSETS, (PERSISTER_GROUP, topic))
             return {partition: (topic_id, offset) for partition, topic_id, offset in await cursor.fetchall()}
 
-    async def scores(self) -> AsyncIterator[list[ScoreRow]]:
+    async def scores(self) -> AsyncGenerator[list[ScoreRow], None]:
         """Every score, CHUNK_ROWS at a time."""
         async with self._connection.cursor(name="scores") as cursor:
             async with _within(STEP_TIMEOUT_S):

@@ -14,7 +14,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 import hiredis
@@ -34,8 +34,8 @@ CHUNK_PLAYERS: Final = 2000
 """Written at once: a few ms of Redis, and half of what a script can unpack."""
 
 SCAN_KEYS: Final = 2000
-OUTBOX_ENTRIES: Final = 200
-"""Read at once: up to 100,000 events."""
+OUTBOX_ENTRIES: Final = 100
+"""Read at once: up to 50,000 events, about 1 MB."""
 
 _log = logging.getLogger(__name__)
 
@@ -188,12 +188,13 @@ class _Mending:
                     await self._read_tail(tail, starts)
             # Not before all sources have spoken: a refusal must not cost what Redis still has.
             await self._clear()
-            async for rows in snapshot.scores():
-                settle = self._fold.settle
-                await self._write(
-                    [(board, player, settle(board, player, score, (ms, seq))) for board, player, score, ms, seq in rows]
-                )
-                players += len(rows)
+            settle = self._fold.settle
+            async with aclosing(snapshot.scores()) as chunks:
+                async for rows in chunks:
+                    await self._write(
+                        [(board, name, settle(board, name, score, (ms, seq))) for board, name, score, ms, seq in rows]
+                    )
+                    players += len(rows)
         return players + await self._write_rest()
 
     # ------------------------------------------------------------------ reading
@@ -225,6 +226,7 @@ class _Mending:
                 for event in events:
                     self._fold.add(event)
                 await self._remember((events[index], memory) for index, memory in memories.items())
+                await asyncio.sleep(0)  # others have their turn
 
     async def _outbox_page(self, begin: str) -> list[Any]:
         try:
