@@ -58,10 +58,11 @@ def fingerprint(board: str, player: str, delta: int) -> str:
 class Batch:
     """One numbered call of the script, kept until it is answered so that it may be sent again."""
 
-    __slots__ = ("command", "sent_again", "waiters")
+    __slots__ = ("command", "epoch", "sent_again", "waiters")
 
-    def __init__(self, command: bytes, waiters: list[Any]) -> None:
+    def __init__(self, command: bytes, epoch: str, waiters: list[Any]) -> None:
         self.command = command
+        self.epoch = epoch
         self.waiters = waiters
         self.sent_again = False
 

@@ -30,6 +30,12 @@ from server.redis_connection import RedisConnection
 from server.replay import Fold, Log, StoredOffset, end_of_entry, entry_of, kept_answer, tail_starts
 
 LOCK_POLL_S: Final = 0.1
+AT_REST_S: Final = 0.2
+"""How long Kafka's log must not have grown before it is read: ten times what a relay under full load gathers."""
+
+REST_WITHIN_S: Final = 5.0
+"""The log of a topic that others write too may never rest."""
+
 CHUNK_PLAYERS: Final = 2000
 """Written at once: a few ms of Redis, and half of what a script can unpack."""
 
@@ -241,9 +247,20 @@ class _Mending:
     async def _tail(self) -> AsyncIterator[tuple[KafkaTail, Log | None]]:
         tail = await asyncio.to_thread(self._open_tail)
         try:
-            yield tail, await asyncio.to_thread(tail.describe)
+            yield tail, await self._log_at_rest(tail)
         finally:
             await asyncio.to_thread(tail.close)
+
+    async def _log_at_rest(self, tail: KafkaTail) -> Log | None:
+        """The log once it grows no more: a relay may still deliver what it had read before Redis forgot it."""
+        deadline_s = time.monotonic() + REST_WITHIN_S
+        log = await asyncio.to_thread(tail.describe)
+        while log is not None and time.monotonic() < deadline_s:
+            await asyncio.sleep(AT_REST_S)
+            before, log = log, await asyncio.to_thread(tail.describe)
+            if log == before:
+                break
+        return log
 
     async def _tail_starts(self, snapshot: Snapshot, log: Log | None) -> dict[int, int]:
         topic = self._settings.kafka_topic

@@ -19,10 +19,10 @@ import hiredis
 from server.errors import NotReady
 from server.redis_connection import RedisConnection
 
-LOCK_MS: Final = 10_000
+LOCK_MS: Final = 3_000
 """How long a lock outlives the last sign of its holder."""
 
-STEP_TIMEOUT_S: Final = 8.0
+STEP_TIMEOUT_S: Final = 2.5
 """For one round trip: shorter than the lock's life, since a Redis that is stopped keeps its connections open."""
 
 Command = Sequence[str | bytes]

@@ -195,7 +195,7 @@ class Scores:
         assert self.epoch is not None
         argument = self._script.argument(lane, self.epoch, updates)
         command = pack((b"EVALSHA", self._sha, 1, self._keys.outbox, argument))
-        lane.in_flight = Batch(command, updates.waiters)
+        lane.in_flight = Batch(command, self.epoch, updates.waiters)
         self.batches += 1
         self.batched_updates += len(updates.waiters)
         self._send(lane, lane.in_flight)
@@ -222,7 +222,7 @@ class Scores:
             self._report(batch.waiters, results)
         else:
             self._refuse(batch, "Redis was emptied or replaced, and is being verified")
-            if state == COLD:
+            if state == COLD and batch.epoch == self.epoch:  # of an older epoch, and sent again: no news
                 self._suspect("Redis has no scoreboard of this epoch")
         if lane.waiting.waiters:
             self._schedule_flush()
