@@ -71,7 +71,10 @@ class Dev(Child):
     def process(self, *words: str) -> int:
         """The id of the process below it whose command line ends with `words`; 0 if there is none."""
         for pid in self.family():
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+            try:
+                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+            except OSError:
+                continue  # ended since it was listed
             if command[-len(words) :] == [word.encode() for word in words]:
                 return pid
         return 0
