@@ -32,12 +32,6 @@ def _secret(raw: str) -> bytes:
     return raw.encode()
 
 
-def _flag(raw: str) -> bool:
-    if raw not in ("0", "1"):
-        raise ValueError("0 or 1")
-    return raw == "1"
-
-
 def _integer(low: int, high: int) -> Callable[[str], int]:
     def parse(raw: str) -> int:
         try:

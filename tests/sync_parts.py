@@ -14,7 +14,10 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from server.config import Settings
 from server.events import FORMAT_VERSION, OUTBOX_FIELD, ScoreEvent, encode_event
+from sync.store import migrate
+from sync.topics import ensure_topics
 from sync.waiting import Stop
+from tests.services import KafkaBroker
 
 
 class Part(Protocol):
@@ -48,6 +51,19 @@ def running(make: Callable[[Settings, Stop], PartT], settings: Settings) -> Iter
         assert not thread.is_alive(), "it did not stop"
     if failures:
         raise failures[0]
+
+
+def migrated(kafka_broker: KafkaBroker, kafka_topic: str, database_url: str, *, partitions: int) -> Settings:
+    """Settings whose topics and schema are there."""
+    settings = Settings(
+        kafka_brokers=kafka_broker.brokers,
+        kafka_topic=kafka_topic,
+        kafka_partitions=partitions,
+        database_url=database_url,
+    )
+    ensure_topics(settings)
+    migrate(database_url)
+    return settings
 
 
 def environment_of(settings: Settings) -> dict[str, str]:

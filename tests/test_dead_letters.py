@@ -16,22 +16,15 @@ from server.config import Settings
 from server.events import encode_event
 from sync.dead_letters import Letter, letters, send_again
 from sync.persister import Persister
-from sync.store import migrate
-from sync.topics import ensure_topics
 from tests.services import ROOT, KafkaBroker, environment, wait_until
-from tests.sync_parts import environment_of, event, put_records, records_of, running
+from tests.sync_parts import environment_of, event, migrated, put_records, records_of, running
 
 pytestmark = [pytest.mark.kafka, pytest.mark.postgres]
 
 
 @pytest.fixture
 def settings(kafka_broker: KafkaBroker, kafka_topic: str, database_url: str) -> Settings:
-    made = Settings(
-        kafka_brokers=kafka_broker.brokers, kafka_topic=kafka_topic, kafka_partitions=2, database_url=database_url
-    )
-    ensure_topics(made)
-    migrate(database_url)
-    return made
+    return migrated(kafka_broker, kafka_topic, database_url, partitions=2)
 
 
 @pytest.fixture

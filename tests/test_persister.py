@@ -20,10 +20,10 @@ from server.events import PERSISTER_GROUP
 from sync import persister
 from sync.persister import Persister
 from sync.placement import LogGap, check_topic, first_offset
-from sync.store import Store, StoredOffset, migrate
+from sync.store import Store, StoredOffset
 from sync.topics import Topic, ensure_topics, look_up
 from tests.services import KafkaBroker, SyncProcess, wait_until
-from tests.sync_parts import environment_of, event, put_records, records_of, running
+from tests.sync_parts import environment_of, event, migrated, put_records, records_of, running
 
 
 @pytest.fixture(params=["postgres", pytest.param("timescale", marks=pytest.mark.timescale)])
@@ -34,12 +34,7 @@ def database_url(request: pytest.FixtureRequest, database_url: str) -> str:
 
 @pytest.fixture
 def settings(kafka_broker: KafkaBroker, kafka_topic: str, database_url: str) -> Settings:
-    made = Settings(
-        kafka_brokers=kafka_broker.brokers, kafka_topic=kafka_topic, kafka_partitions=3, database_url=database_url
-    )
-    ensure_topics(made)
-    migrate(database_url)
-    return made
+    return migrated(kafka_broker, kafka_topic, database_url, partitions=3)
 
 
 @pytest.fixture
