@@ -45,7 +45,9 @@ _TOP = """
     ORDER BY score DESC, player_id COLLATE "C" DESC LIMIT %s
 """
 _SCORES = "SELECT board, player_id, score, ver_ms, ver_seq FROM scores"
-_OFFSETS = "SELECT partition, topic_id, next_offset FROM consumer_offsets WHERE consumer_group = %s AND topic = %s"
+_OFFSETS = """
+    SELECT partition, topic_id, next_offset, epoch FROM consumer_offsets WHERE consumer_group = %s AND topic = %s
+"""
 
 
 class Database:
@@ -131,11 +133,13 @@ class Snapshot:
     def __init__(self, connection: psycopg.AsyncConnection[TupleRow]) -> None:
         self._connection = connection
 
-    async def offsets(self, topic: str) -> dict[int, tuple[str, int]]:
-        """By partition, the id of the topic and the offset that the persister goes on at."""
+    async def offsets(self, topic: str) -> dict[int, tuple[str, int, int]]:
+        """By partition, the topic's id, the offset that the persister goes on at, and the epoch of the last fence."""
         async with _within(STEP_TIMEOUT_S):
             cursor = await self._connection.execute(_OFFSETS, (PERSISTER_GROUP, topic))
-            return {partition: (topic_id, offset) for partition, topic_id, offset in await cursor.fetchall()}
+            return {
+                partition: (topic_id, offset, epoch) for partition, topic_id, offset, epoch in await cursor.fetchall()
+            }
 
     async def scores(self) -> AsyncGenerator[list[ScoreRow], None]:
         """Every score, CHUNK_ROWS at a time."""

@@ -1,4 +1,4 @@
-"""Reading Kafka's log back: from offsets or a moment to where it ends now.
+"""Reading Kafka's log back: from offsets or a moment to where it ends now, behind a fence of ours.
 
 Everything here blocks, so it belongs into a thread of its own. Belongs to no consumer group, and knows no Redis.
 """
@@ -12,12 +12,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from server.config import Settings
 from server.errors import NotReady
-from server.events import MEMORY_HEADER, BadEvent, ScoreEvent, check_format, decode_event
+from server.events import FORMAT_VERSION, MEMORY_HEADER, BadEvent, ScoreEvent, check_format, decode_event
+from server.fences import FENCE_HEADER, Fences
 from server.replay import Log
 
 ANSWER_WITHIN_S: Final = 5.0
@@ -51,10 +52,13 @@ class KafkaTail:
         # What goes wrong is raised; the library's own lines would repeat it at every try.
         clients: dict[str, Any] = {
             "bootstrap.servers": self._brokers,
+            # Kafka may be starting: each try counts, and the default waits up to 10 s between two.
+            "reconnect.backoff.max.ms": 500,
             "log_level": 2,
             "logger": _log,
             "error_cb": lambda error: None,
         }
+        self._clients = clients
         self._admin = AdminClient(clients)
         self._consumer: Any = Consumer(
             {
@@ -69,6 +73,8 @@ class KafkaTail:
         )
         self._mock = False
         self._log = Log("", {})
+        self._ends: dict[int, int] = {}
+        self._fences = Fences()
         self._unread: set[int] = set()
         self._busy = threading.Lock()
         self._closed = False
@@ -99,16 +105,35 @@ class KafkaTail:
         ends = {number: high for number, (_, high) in self._log.bounds.items()}
         return ends | {it.partition: it.offset for it in found if it.offset >= 0}
 
-    def start(self, starts: Mapping[int, int]) -> None:
-        """Let `read` begin at these offsets, and end where the log ended when it was described."""
-        bounds = self._log.bounds
-        placed = [TopicPartition(self._topic, number, at) for number, at in starts.items() if at < bounds[number][1]]
+    def fence(self, epoch: int) -> dict[int, int]:
+        """Let nothing count that is of an older epoch and not in the log yet; by partition, where that ends now."""
+        errors: list[KafkaError] = []
+        producer = Producer({**self._clients, "enable.idempotence": True, "acks": "all"})
+        for number in self._log.bounds:
+            producer.produce(
+                self._topic,
+                partition=number,
+                on_delivery=lambda error, _: errors.append(error) if error else None,
+                headers=[("v", FORMAT_VERSION), (FENCE_HEADER, str(epoch))],
+            )
+        left = producer.flush(ANSWER_WITHIN_S)
+        if left or errors:
+            producer.purge()
+            reason = errors[0].str() if errors else "they were not confirmed in time"
+            raise NotReady(f"Kafka at {self._brokers} does not take fences for {self._topic}: {reason}")
+        with self._saying():
+            return {number: self._bounds(number)[1] for number in self._log.bounds}
+
+    def start(self, starts: Mapping[int, int], ends: Mapping[int, int], fences: Fences) -> None:
+        """Let `read` begin at these offsets, end before those, and leave out what `fences` do not admit."""
+        self._ends, self._fences = dict(ends), fences
+        placed = [TopicPartition(self._topic, number, at) for number, at in starts.items() if at < ends[number]]
         self._unread = {it.partition for it in placed}
         with self._saying():
             self._consumer.assign(placed)
 
     def read(self) -> list[Record]:
-        """The next records, of each partition in order; none once the end was reached."""
+        """The next events that count, of each partition in order; none once the end was reached."""
         deadline_s = time.monotonic() + STALLED_S
         with self._busy, self._saying():
             while self._unread and not self._closed:
@@ -135,11 +160,16 @@ class KafkaTail:
                 raise KafkaException(error)
             self._unread.discard(number)
             return None
-        if offset + 1 >= self._log.bounds[number][1]:
+        end = self._ends[number]
+        if offset + 1 >= end:
             self._unread.discard(number)
+        if offset >= end:
+            return None
         headers = message.headers()
         try:
             check_format(headers)
+            if not self._fences.admits(number, headers):
+                return None
             event = decode_event(message.value())
         except BadEvent:
             return None  # the persister counts and keeps what cannot be read

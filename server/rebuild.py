@@ -3,7 +3,8 @@
 Runs once per new connection, before any update goes over it, and again when Redis turns out to be cold. A marker
 (epoch, and the run_id of the Redis process that was verified) says that the boards in this Redis are whole. What
 happened is read in the direction in which events move, outbox, database, Kafka: so each event is met at least
-once, and versions make more than once harmless.
+once, and versions make more than once harmless. Before Kafka is read a fence goes into it, so that what a relay may
+still deliver of a Redis that is gone counts for nobody (server/fences.py).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from server.config import Settings
 from server.database import Database, Snapshot
 from server.errors import NotReady
 from server.events import MEMORY_FIELD, OUTBOX_FIELD, BadEvent, ScoreEvent, events_of_entry, memories_of_entry
+from server.fences import Fences
 from server.kafka_tail import KafkaTail, Record
 from server.keys import Keys
 from server.rebuild_lock import Command, RebuildLock
@@ -30,12 +32,6 @@ from server.redis_connection import RedisConnection
 from server.replay import Fold, Log, StoredOffset, end_of_entry, entry_of, kept_answer, tail_starts
 
 LOCK_POLL_S: Final = 0.1
-AT_REST_S: Final = 0.2
-"""How long Kafka's log must not have grown before it is read: ten times what a relay under full load gathers."""
-
-REST_WITHIN_S: Final = 5.0
-"""The log of a topic that others write too may never rest."""
-
 CHUNK_PLAYERS: Final = 2000
 """Written at once: a few ms of Redis, and half of what a script can unpack."""
 
@@ -105,12 +101,12 @@ class Verifier:
         """Replay or rebuild, whichever is needed, and set the marker."""
         ready, started_s = self._keys.ready, time.monotonic()
         epoch, _ = await self._marker(connection)
-        next_epoch = str(max(epoch + 1, self._epoch + 1, time.time_ns() // 1_000_000))
-        mending = _Mending(self._settings, self._keys, self._database, self._open_tail, connection, lock)
+        next_epoch = max(epoch + 1, self._epoch + 1, time.time_ns() // 1_000_000)
+        mending = _Mending(self._settings, self._keys, self._database, self._open_tail, connection, lock, next_epoch)
         last_id = await mending.last_id()
         if epoch and last_id:
             # From here on batches of the old epoch are refused: they would count from what may be an old state.
-            await lock.write([("HSET", ready, "epoch", next_epoch, "run_id", "")])
+            await lock.write([("HSET", ready, "epoch", str(next_epoch), "run_id", "")])
             try:
                 players = await mending.replay(last_id)
             except hiredis.ReplyError as error:
@@ -120,8 +116,12 @@ class Verifier:
         else:
             await lock.write([("DEL", ready)])
             players = await mending.rebuild()
+        if mending.highest_fence > next_epoch:
+            # Kafka knows of a later epoch, so events of this one would count for nobody.
+            self._epoch = mending.highest_fence
+            raise NotReady("another epoch of Redis was verified before, by a clock that is ahead: beginning again")
         await mending.continue_after(last_id)
-        await lock.write([("HSET", ready, "epoch", next_epoch, "run_id", run_id)])
+        await lock.write([("HSET", ready, "epoch", str(next_epoch), "run_id", run_id)])
         what = "replayed what Redis had lost" if epoch and last_id else "rebuilt Redis"
         _log.info("%s: %d players in %.1f s", what, players, time.monotonic() - started_s)
 
@@ -158,13 +158,17 @@ class _Mending:
         open_tail: Callable[[], KafkaTail],
         connection: RedisConnection,
         lock: RebuildLock,
+        epoch: int,
     ) -> None:
+        self.highest_fence = 0
+        """The latest epoch of any fence that was met."""
         self._settings = settings
         self._keys = keys
         self._database = database
         self._open_tail = open_tail
         self._connection = connection
         self._lock = lock
+        self._epoch = epoch
         self._fold = Fold()
 
     async def replay(self, last_id: str) -> int:
@@ -173,10 +177,11 @@ class _Mending:
         async with self._tail() as (tail, log):
             if log is None:
                 async with self._database.snapshot() as snapshot:
-                    await self._tail_starts(snapshot, log)
+                    self._tail_starts(await self._stored_offsets(snapshot), log)
             else:
+                ends = await asyncio.to_thread(tail.fence, self._epoch)
                 starts = await asyncio.to_thread(tail.first_since, last[0])
-                async for records in _records(tail, starts):
+                async for records in self._records(tail, starts, ends, Fences()):
                     missing = [record for record in records if record.event.version > last]
                     for record in missing:
                         self._fold.add(record.event)
@@ -189,9 +194,10 @@ class _Mending:
         await self._read_outbox()
         async with self._database.snapshot() as snapshot:
             async with self._tail() as (tail, log):
-                starts = await self._tail_starts(snapshot, log)
+                stored = await self._stored_offsets(snapshot)
+                starts = self._tail_starts(stored, log)
                 if log is not None:
-                    await self._read_tail(tail, starts)
+                    await self._read_tail(tail, log, starts, stored)
             # Not before all sources have spoken: a refusal must not cost what Redis still has.
             await self._clear()
             settle = self._fold.settle
@@ -247,37 +253,42 @@ class _Mending:
     async def _tail(self) -> AsyncIterator[tuple[KafkaTail, Log | None]]:
         tail = await asyncio.to_thread(self._open_tail)
         try:
-            yield tail, await self._log_at_rest(tail)
+            yield tail, await asyncio.to_thread(tail.describe)
         finally:
             await asyncio.to_thread(tail.close)
 
-    async def _log_at_rest(self, tail: KafkaTail) -> Log | None:
-        """The log once it grows no more: a relay may still deliver what it had read before Redis forgot it."""
-        deadline_s = time.monotonic() + REST_WITHIN_S
-        log = await asyncio.to_thread(tail.describe)
-        while log is not None and time.monotonic() < deadline_s:
-            await asyncio.sleep(AT_REST_S)
-            before, log = log, await asyncio.to_thread(tail.describe)
-            if log == before:
-                break
-        return log
+    async def _stored_offsets(self, snapshot: Snapshot) -> dict[int, StoredOffset]:
+        offsets = await snapshot.offsets(self._settings.kafka_topic)
+        return {partition: StoredOffset(*offset) for partition, offset in offsets.items()}
 
-    async def _tail_starts(self, snapshot: Snapshot, log: Log | None) -> dict[int, int]:
-        topic = self._settings.kafka_topic
-        offsets = await snapshot.offsets(topic)
-        stored = {partition: StoredOffset(*offset) for partition, offset in offsets.items()}
-        return tail_starts(topic, log, stored, restart=self._settings.new_topic == "restart")
+    def _tail_starts(self, stored: dict[int, StoredOffset], log: Log | None) -> dict[int, int]:
+        return tail_starts(self._settings.kafka_topic, log, stored, restart=self._settings.new_topic == "restart")
 
-    async def _read_tail(self, tail: KafkaTail, starts: dict[int, int]) -> None:
+    async def _read_tail(
+        self, tail: KafkaTail, log: Log, starts: dict[int, int], stored: dict[int, StoredOffset]
+    ) -> None:
         """Take the events from `starts` on, and what is to be remembered of those before."""
         since_ms = time.time_ns() // 1_000_000 - 1000 * self._settings.idempotency_restore_s
+        ends = await asyncio.to_thread(tail.fence, self._epoch)
         recent = await asyncio.to_thread(tail.first_since, since_ms)
-        earliest = {number: min(start, recent[number]) for number, start in starts.items()}
-        async for records in _records(tail, earliest):
-            for record in records:
-                if record.offset >= starts[record.partition]:
-                    self._fold.add(record.event)
+        earlier = {number: min(start, recent[number]) for number, start in starts.items()}
+        async for records in self._records(tail, earlier, starts, Fences()):
             await self._remember((record.event, record.memory) for record in records if record.event.at >= since_ms)
+        fences = Fences({number: it.epoch for number, it in stored.items() if it.topic_id == log.topic_id})
+        async for records in self._records(tail, starts, ends, fences):
+            for record in records:
+                self._fold.add(record.event)
+            await self._remember((record.event, record.memory) for record in records if record.event.at >= since_ms)
+
+    async def _records(
+        self, tail: KafkaTail, starts: dict[int, int], ends: dict[int, int], fences: Fences
+    ) -> AsyncIterator[list[Record]]:
+        await asyncio.to_thread(tail.start, starts, ends, fences)
+        while records := await asyncio.to_thread(tail.read):
+            yield records
+        self.highest_fence = max(self.highest_fence, *fences.epochs.values(), 0)
+        if fences.void:
+            _log.warning("%d events in Kafka do not count: Redis had lost them before", fences.void)
 
     # ------------------------------------------------------------------ writing
 
@@ -329,9 +340,3 @@ class _Mending:
             await self._lock.write([("DEL", outbox), *create, ("XGROUP", "DESTROY", outbox, "none")])
         if self._fold.last > end_of_entry(last_id or "0-0"):
             await self._lock.write([("XSETID", outbox, entry_of(self._fold.last))])
-
-
-async def _records(tail: KafkaTail, starts: dict[int, int]) -> AsyncIterator[list[Record]]:
-    await asyncio.to_thread(tail.start, starts)
-    while records := await asyncio.to_thread(tail.read):
-        yield records

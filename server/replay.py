@@ -29,6 +29,8 @@ class StoredOffset(NamedTuple):
 
     topic_id: str
     next_offset: int
+    epoch: int = 0
+    """Of the last fence before that offset, see server/fences.py."""
 
 
 class Fold:

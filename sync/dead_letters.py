@@ -14,12 +14,16 @@ from typing import Any, Final, NamedTuple
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from server.config import Settings
+from server.fences import EPOCH_HEADER
 from sync.kafka import MAX_IN_FLIGHT, new_consumer, new_producer
 
 SHOWN_BYTES: Final = 80
 ANSWER_WITHIN_S: Final = 10.0
 _OURS: Final = ("reason", "topic", "partition", "offset", "timestamp")
 """The headers of a letter that its record did not have."""
+
+_NOT_SENT_AGAIN: Final = (*_OURS, EPOCH_HEADER)
+"""An event that was refused counted when it came: no fence since then may void it."""
 
 _log = logging.getLogger("sync.dead_letters")
 
@@ -181,6 +185,6 @@ def _letter(record: Any) -> Letter:
         refused_ms,
         record.key(),
         record.value(),
-        [(name, value) for name, value in headers if name not in _OURS],
+        [(name, value) for name, value in headers if name not in _NOT_SENT_AGAIN],
         int(told.get("timestamp", refused_ms)),
     )

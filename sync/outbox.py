@@ -1,17 +1,19 @@
 """The outbox: a Redis stream, read from its beginning and trimmed behind what has been dealt with.
 
 Two connections: on one an XREAD is pending while its owner waits or does other things, the other serves the
-rest. Knows nothing of Kafka, nor of what an entry means beyond its one field.
+rest; both lead to one Redis process. Knows nothing of Kafka, nor of what an entry means beyond its one field.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import redis
 
 from server.config import Settings
 from server.events import MEMORY_FIELD, OUTBOX_FIELD
+from server.keys import Keys
 
 ENTRIES_AT_FIRST: Final = 16
 MOST_ENTRIES: Final = 1000
@@ -21,6 +23,7 @@ EVENTS_A_READ: Final = 1500
 BYTES_AN_EVENT: Final = 15
 _BLOCK_MS: Final = 1000
 _BEGINNING: Final = "0-0"
+_TRIM: Final = Path(__file__).with_name("trim_outbox.lua").read_text()
 
 
 class Entry(NamedTuple):
@@ -46,13 +49,16 @@ def connect(settings: Settings) -> redis.Redis:
 class Outbox:
     """One outbox, from its beginning. Every method raises redis.RedisError, after which it is of no more use."""
 
-    def __init__(self, client: redis.Redis, key: str) -> None:
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client = client
-        self._key = key
+        self._keys = keys
         self._position = _BEGINNING
         self._count = ENTRIES_AT_FIRST
         self._reader = client.connection_pool.get_connection()
         self._asked = False
+        self._trim = client.register_script(_TRIM)
+        self.epoch = self._read_epoch()
+        """Of the Redis that all entries come from; it may rise while they are read."""
 
     def arrived(self, timeout_s: float) -> list[Entry]:
         """The next entries, in order; none if none came within `timeout_s`."""
@@ -73,9 +79,10 @@ class Outbox:
                 self._ask()  # so that the reply is there when these are dealt with
         return entries
 
-    def trim_through(self, entry_id: str) -> None:
-        """Delete `entry_id` and everything before it."""
-        self._client.xtrim(self._key, minid=_after(entry_id), approximate=False)
+    def trim_through(self, entry_id: str) -> bool:
+        """Delete `entry_id` and everything before it; False, and nothing is deleted, when the epoch has risen."""
+        keys = self._keys
+        return bool(self._trim(keys=[keys.outbox, keys.ready], args=[self.epoch, _after(entry_id)]))
 
     def close(self) -> None:
         """Give up the connections."""
@@ -85,8 +92,20 @@ class Outbox:
     def _ask(self) -> None:
         self._asked = True
         self._reader.send_command(  # type: ignore[no-untyped-call]
-            "XREAD", "COUNT", self._count, "BLOCK", _BLOCK_MS, "STREAMS", self._key, self._position
+            "XREAD", "COUNT", self._count, "BLOCK", _BLOCK_MS, "STREAMS", self._keys.outbox, self._position
         )
+
+    def _read_epoch(self) -> bytes:
+        # Over the connection that entries come by: in a failover, another one may lead to another Redis.
+        self._reader.send_command("INFO", "server")  # type: ignore[no-untyped-call]
+        read_from = self._reader.read_response().split(b"run_id:")[1].split()[0]
+        if read_from != self._client.info("server")["run_id"].encode():
+            raise redis.ConnectionError("the connections lead to two different Redis processes")
+        self._reader.send_command("HGET", self._keys.ready, "epoch")  # type: ignore[no-untyped-call]
+        epoch: bytes | None = self._reader.read_response()
+        if epoch is None:
+            raise redis.ConnectionError("Redis has no scoreboard")
+        return epoch
 
 
 def _entry(entry_id: bytes, fields: list[bytes]) -> Entry:

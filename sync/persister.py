@@ -18,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from server.config import Settings
 from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, check_format, decode_event
+from server.fences import Fences
 from sync.dead_letters import DeadLetters
 from sync.kafka import new_consumer
 from sync.placement import check_topic, first_offset
@@ -59,6 +60,7 @@ class Persister:
         self._kafka_outage = Outage("Kafka", _log)
         self._consumer = new_consumer(settings, PERSISTER_GROUP, self._on_error)
         self._topic = Topic("", 0)
+        self._fences = Fences()
         self._unplaced: list[TopicPartition] | None = None
         self._early: list[Message] = []
         self._tidy_at_s = time.monotonic() + FIRST_TIDY_S
@@ -67,6 +69,11 @@ class Persister:
     def dead_letters(self) -> int:
         """Records put aside since the start."""
         return self._dead_letters.kept
+
+    @property
+    def void_events(self) -> int:
+        """Events of an older epoch behind a fence: Redis lost them before Kafka had them, or they came once more."""
+        return self._fences.void
 
     def run(self) -> None:
         """Return when asked to stop.
@@ -142,14 +149,15 @@ class Persister:
             low, high = self._consumer.get_watermark_offsets(partition, timeout=10)
             offset = first_offset(name, partition.partition, stored.get(partition.partition), low, high)
             placed.append(TopicPartition(name, partition.partition, offset))
+        self._fences.begin({partition: offset.epoch for partition, offset in stored.items()})
         return placed
 
     def _settle(self, records: list[Any]) -> None:
         """Store what can be stored, put aside what cannot, then move the offsets."""
         events, rows, refused = self._sort(records)
-        if not rows and not refused:
-            return
         next_offsets = {record.partition(): record.offset() + 1 for record in records if record.error() is None}
+        if not next_offsets:
+            return
         self._put_aside(refused)
         try:
             self._persist(events, next_offsets)
@@ -159,19 +167,25 @@ class Persister:
         self._commit(next_offsets)
 
     def _sort(self, records: list[Any]) -> tuple[list[ScoreEvent], list[Message], list[tuple[Message, str]]]:
-        """The events, the records they came from, and the records that hold none, with the reason."""
+        """The events that count, the records they came from, and those that hold none, with the reason."""
         events, rows, refused = [], [], []
+        void_before = self.void_events
         for record in records:
             if record.error() is not None:
                 self._heed(record.error())
                 continue
             try:
-                check_format(record.headers())
+                headers = record.headers()
+                check_format(headers)
+                if not self._fences.admits(record.partition(), headers):
+                    continue
                 events.append(decode_event(record.value()))
             except BadEvent as error:
                 refused.append((record, str(error)))
             else:
                 rows.append(record)
+        if self.void_events > void_before:
+            _log.warning("%d events of an older epoch do not count", self.void_events - void_before)
         return events, rows, refused
 
     def _heed(self, error: KafkaError) -> None:
@@ -186,7 +200,8 @@ class Persister:
     def _persist(self, events: list[ScoreEvent], next_offsets: dict[int, int]) -> None:
         persist = self._store.persist
         name, topic_id = self._settings.kafka_topic, self._topic.topic_id
-        done = self._through_outages(lambda: persist(events, name, topic_id, next_offsets))
+        epochs = self._fences.epochs
+        done = self._through_outages(lambda: persist(events, name, topic_id, next_offsets, epochs))
         self.persisted_events += done.new_events
 
     def _persist_what_can_be(self, events: list[ScoreEvent], rows: list[Message]) -> None:

@@ -1,9 +1,10 @@
 """The relay: moves the outbox into Kafka.
 
 What is in the outbox is what is owed. It is read from its beginning, produced in order, and trimmed through
-exactly the prefix that Kafka has confirmed. Whatever is lost (Redis, Kafka for good, the lease), the answer is
-the same: begin again at the outbox's beginning. Events are then produced twice, which their versions make
-harmless; none is left out. Knows nothing of scores, nor of who reads the topic.
+exactly the prefix that Kafka has confirmed. Whatever is lost (Redis, its epoch, Kafka for good, the lease), the
+answer is the same: begin again at the outbox's beginning. Events are then produced twice, which their versions make
+harmless; none is left out. Each carries the epoch of the Redis it was read from, so that what that Redis has lost
+since does not count (server/fences.py). Knows nothing of scores, nor of who reads the topic.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import secrets
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import redis
@@ -27,6 +29,7 @@ from server.events import (
     events_of_entry,
     memories_of_entry,
 )
+from server.fences import EPOCH_HEADER
 from server.keys import Keys
 from sync.kafka import MAX_IN_FLIGHT, new_producer
 from sync.lease import RENEW_EVERY_S, Lease
@@ -53,7 +56,6 @@ IDLE_S: Final = 0.1
 LARGEST_DEAD_LETTER_BYTES: Final = 512 * 1024
 """Half of what a broker takes by default: even a monstrous entry must not block the outbox."""
 
-_HEADERS: Final[list[tuple[str, str | bytes | None]]] = [("v", FORMAT_VERSION)]
 _log = logging.getLogger("sync.relay")
 
 
@@ -86,30 +88,36 @@ class Relay:
         keys = Keys(self._settings.redis_key_prefix)
         lease = Lease(client, keys.relay_lease, self._token)
         try:
-            if not self._wait_for(lease):
-                return
-            outbox = Outbox(client, keys.outbox)
-            turn = _Turn(self, self._settings, lease, outbox)
-            try:
-                turn.relay_until(self._stop)
-            finally:
-                turn.abandon()
-                outbox.close()
+            if self._wait_for(lease, lambda: bool(client.exists(keys.ready))):
+                self._relay(lease, Outbox(client, keys))
             lease.release()
         finally:
             client.close()
 
-    def _wait_for(self, lease: Lease) -> bool:
-        waiting = False
+    def _relay(self, lease: Lease, outbox: Outbox) -> None:
+        _log.info("relaying to %s, epoch %s", self._settings.kafka_topic, outbox.epoch.decode())
+        turn = _Turn(self, self._settings, lease, outbox)
+        try:
+            turn.relay_until(self._stop)
+        finally:
+            turn.abandon()
+            outbox.close()
+
+    def _wait_for(self, lease: Lease, has_epoch: Callable[[], bool]) -> bool:
+        """Return with the lease, of a Redis that a server has verified before; False if asked to stop first."""
+        told = ""
         while not self._stop.requested:
-            held = lease.hold()
+            why = ""
+            if not lease.hold():
+                why = "another relay has the lease; waiting for it"
+            elif not has_epoch():
+                why = "Redis has no scoreboard; waiting for a server to fill it"
             self._redis_outage.over()
-            if held:
-                _log.info("relaying to %s", self._settings.kafka_topic)
+            if not why:
                 return True
-            if not waiting:
-                waiting = True
-                _log.info("another relay has the lease; waiting for it")
+            if why != told:
+                told = why
+                _log.info("%s", why)
             self._stop.wait(IDLE_S)
         return False
 
@@ -133,7 +141,7 @@ class _Owed:
 
 
 class _Turn:
-    """From the outbox's beginning to the loss of Redis, the producer or the lease, or to the end of it all."""
+    """From the outbox's beginning to the loss of Redis, its epoch, the producer or the lease, or to the end of all."""
 
     def __init__(self, relay: Relay, settings: Settings, lease: Lease, outbox: Outbox) -> None:
         self._relay = relay
@@ -142,9 +150,10 @@ class _Turn:
         self._lease = lease
         self._outbox = outbox
         self._producer = new_producer(settings, self._on_error)
+        self._headers: list[tuple[str, str | bytes | None]] = [("v", FORMAT_VERSION), (EPOCH_HEADER, outbox.epoch)]
         self._owed: deque[_Owed] = deque()
         self._done_through: str | None = None
-        self._has_lease = True
+        self._goes_on = True
         now = time.monotonic()
         self._renew_at = now + RENEW_EVERY_S
         self._trim_at = now
@@ -154,11 +163,11 @@ class _Turn:
         self._rate = 0.0
 
     def relay_until(self, stop: Stop) -> None:
-        """Move entries as they come; returns when asked to stop or when the lease is lost.
+        """Move entries as they come; returns when asked to stop, and when the lease is lost or the epoch rises.
 
         Raises RedisError and KafkaException.
         """
-        while self._has_lease and not stop.requested:
+        while self._goes_on and not stop.requested:
             due = bool(self._owed) or self._done_through is not None
             entries = self._outbox.arrived(LOOK_EVERY_S if due else IDLE_S)
             for entry in entries:
@@ -181,7 +190,7 @@ class _Turn:
         while len(self._producer) > MAX_IN_FLIGHT - 1000:
             self._producer.poll(IDLE_S)
             self._tend()
-            if stop.requested or not self._has_lease:
+            if stop.requested or not self._goes_on:
                 return False
         return True
 
@@ -210,11 +219,11 @@ class _Turn:
 
     def _produce_events(self, events: list[ScoreEvent], memories: dict[int, str], owed: _Owed) -> None:
         produce, topic, answered = self._producer.produce, self._topic, owed.answered
-        headers = _HEADERS
+        headers = self._headers
         for index, event in enumerate(events):
             if memories:
                 memory = memories.get(index)
-                headers = [*_HEADERS, (MEMORY_HEADER, memory)] if memory else _HEADERS
+                headers = [*self._headers, (MEMORY_HEADER, memory)] if memory else self._headers
             # Positional: topic, value, key, partition, callback, on_delivery, timestamp, headers.
             produce(topic, encode_event(event), event.player_id, -1, answered, None, event.at, headers)
         self._relay.relayed_events += len(events)
@@ -238,11 +247,9 @@ class _Turn:
             self._trim()
             self._trim_at = now + TRIM_EVERY_S
         if now >= self._renew_at:
-            self._has_lease = self._lease.hold()
             self._renew_at = now + RENEW_EVERY_S
-            if not self._has_lease:
-                self._relay.turns_lost += 1
-                _log.warning("another relay took the lease while this one was slow")
+            if not self._lease.hold():
+                self._end("another relay took the lease while this one was slow")
         if self._owed and now > self._progress_at + SILENT_AFTER_S:
             self._relay.kafka_outage.failed(f"nothing confirmed for {SILENT_AFTER_S:.0f} s")
 
@@ -257,12 +264,18 @@ class _Turn:
 
     def _trim(self) -> None:
         assert self._done_through is not None, "called when there is something to trim"
-        self._outbox.trim_through(self._done_through)
+        if not self._outbox.trim_through(self._done_through):
+            self._end("Redis is of another epoch now; relaying the outbox from its beginning")
         self._done_through = None
+
+    def _end(self, why: str) -> None:
+        self._goes_on = False
+        self._relay.turns_lost += 1
+        _log.warning("%s", why)
 
     def _drain(self) -> None:
         deadline = time.monotonic() + DRAIN_WITHIN_S
-        while self._owed and self._has_lease and time.monotonic() < deadline:
+        while self._owed and self._goes_on and time.monotonic() < deadline:
             self._producer.poll(LOOK_EVERY_S)
             self._tend()
         if self._done_through is not None:

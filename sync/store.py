@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeVar
 
 import psycopg
@@ -23,6 +24,9 @@ RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
 STATEMENT_TIMEOUT_MS: Final = 60_000
 _SCHEMA: Final = Path(__file__).with_name("schema.sql").read_text()
 _PERSIST: Final = Path(__file__).with_name("persist_batch.sql").read_text().encode()
+_OFFSETS: Final = """
+    SELECT partition, topic_id, next_offset, epoch FROM consumer_offsets WHERE consumer_group = %s AND topic = %s
+"""
 _SCORES_AFTER: Final = """
     SELECT player_id, score, ver_ms, ver_seq FROM scores WHERE board = %s AND player_id > %s
     ORDER BY player_id LIMIT %s
@@ -61,6 +65,8 @@ class StoredOffset(NamedTuple):
 
     topic_id: str
     next_offset: int
+    epoch: int = 0
+    """Of the last fence before that offset, see server/fences.py."""
 
 
 class StoredScore(NamedTuple):
@@ -97,9 +103,14 @@ class Store:
         self._connection: psycopg.Connection[Any] | None = None
 
     def persist(
-        self, events: Sequence[ScoreEvent], topic: str, topic_id: str, next_offsets: Mapping[int, int]
+        self,
+        events: Sequence[ScoreEvent],
+        topic: str,
+        topic_id: str,
+        next_offsets: Mapping[int, int],
+        epochs: Mapping[int, int] = MappingProxyType({}),
     ) -> Persisted:
-        """Write the events and move the offsets, all or nothing.
+        """Write the events and move the offsets, with the epochs of the last fences before them, all or nothing.
 
         Raises psycopg.OperationalError when the database is away, and another psycopg.Error when it
         refuses what it was given; either way nothing was written.
@@ -110,6 +121,7 @@ class Store:
             "topic_id": topic_id,
             "partitions": list(next_offsets.keys()),
             "next_offsets": list(next_offsets.values()),
+            "epochs": [epochs.get(partition, 0) for partition in next_offsets],
         }
         row = self._retrying(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
         assert row is not None, "the statement returns one row"
@@ -117,9 +129,8 @@ class Store:
 
     def offsets(self, topic: str) -> dict[int, StoredOffset]:
         """Where to go on, by partition; a partition nothing was stored of is missing."""
-        query = "SELECT partition, topic_id, next_offset FROM consumer_offsets WHERE consumer_group = %s AND topic = %s"
-        rows = self._retrying(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic)).fetchall())
-        return {partition: StoredOffset(topic_id, next_offset) for partition, topic_id, next_offset in rows}
+        rows = self._retrying(lambda connection: connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall())
+        return {partition: StoredOffset(*offset) for partition, *offset in rows}
 
     def forget_offsets(self, topic: str, but_of: str) -> None:
         """Delete the offsets of topics that had this name, except of the one with the id `but_of`."""

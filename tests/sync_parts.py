@@ -14,6 +14,8 @@ from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 from server.config import Settings
 from server.events import FORMAT_VERSION, OUTBOX_FIELD, ScoreEvent, encode_event
+from server.fences import EPOCH_HEADER
+from server.kafka_tail import KafkaTail
 from sync.store import migrate
 from sync.topics import ensure_topics
 from sync.waiting import Stop
@@ -100,13 +102,28 @@ def add_entries(redis: redis_client.Redis, entries: int, first: int = 0, players
     return expected
 
 
-def put_records(settings: Settings, events: Sequence[ScoreEvent | bytes], *, version: bytes = FORMAT_VERSION) -> None:
-    """Put events, or bytes that are none, into the topic of events."""
+def put_records(
+    settings: Settings,
+    events: Sequence[ScoreEvent | bytes],
+    *,
+    version: bytes = FORMAT_VERSION,
+    epoch: int | None = None,
+) -> None:
+    """Put events, or bytes that are none, into the topic of events; of an epoch, as the relay does, or of none."""
     producer = Producer({"bootstrap.servers": settings.kafka_brokers, "acks": "all"})
+    headers = [("v", version)] + ([(EPOCH_HEADER, str(epoch).encode())] if epoch else [])
     for one in events:
         key, value = (b"", one) if isinstance(one, bytes) else (one.player_id, encode_event(one))
-        producer.produce(settings.kafka_topic, value, key, headers=[("v", version)])
+        producer.produce(settings.kafka_topic, value, key, headers=headers)
     assert producer.flush(10) == 0
+
+
+def put_fences(settings: Settings, epoch: int) -> None:
+    """Put a fence into every partition of the topic of events, as a server does that verifies Redis."""
+    tail = KafkaTail(settings)
+    assert tail.describe() is not None
+    tail.fence(epoch)
+    tail.close()
 
 
 def records_of(settings: Settings, topic: str | None = None) -> list[Message]:

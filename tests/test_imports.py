@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"errors", "events", "keys", "config", "database"}
+GROUND = {"errors", "events", "fences", "keys", "config", "database"}
 CORE = {
     "hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock",
@@ -18,6 +18,7 @@ PROCESSES = {"supervisor", "embedded"}  # child processes: apart from everything
 COMMANDS = {"__main__", "dev", "dev_screen", "demo"}
 NEVER = {
     "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},
+    "fences": {"asyncio", "time", "confluent_kafka"},
     "replay": {"asyncio", "time", "redis_connection", "hiredis", "confluent_kafka", "kafka_tail"},
     "supervisor": {"server", "sync"},
     "errors": {"server", "sync"},

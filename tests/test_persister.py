@@ -23,7 +23,7 @@ from sync.placement import LogGap, check_topic, first_offset
 from sync.store import Store, StoredOffset
 from sync.topics import Topic, ensure_topics, look_up
 from tests.services import KafkaBroker, SyncProcess, wait_until
-from tests.sync_parts import environment_of, event, migrated, put_records, records_of, running
+from tests.sync_parts import environment_of, event, migrated, put_fences, put_records, records_of, running
 
 
 @pytest.fixture(params=["postgres", pytest.param("timescale", marks=pytest.mark.timescale)])
@@ -97,6 +97,26 @@ def test_group_offsets_follow_so_that_operators_see_the_lag(
     with running(Persister, settings):
         wait_until(lambda: any(it.offset == 1 for it in observer.committed(partitions, timeout=5)))
     observer.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_event_that_comes_behind_the_fence_of_a_later_epoch_is_not_stored(
+    settings: Settings, database: psycopg.Connection[Any]
+) -> None:
+    put_records(settings, [event("ann", 1000, score=1), event("bob", 1000, score=2)], epoch=5)
+    put_fences(settings, epoch=6)
+    with running(Persister, settings):
+        wait_until(lambda: caught_up(database, 2 + 3))
+    # What is known of the fences is kept: the next one begins behind them.
+    put_records(settings, [event("ann", 1001, score=11), event("bob", 1001, score=12)], epoch=5)
+    put_records(settings, [event("bob", 1002, score=4)], epoch=6)
+    with running(Persister, settings) as part:
+        wait_until(lambda: caught_up(database, 2 + 3 + 3))
+    assert part.void_events == 2
+    assert part.dead_letters == 0
+    assert stored(database) == 3
+    assert scores(database) == {"ann": 1, "bob": 4}
 
 
 @pytest.mark.kafka

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
+import psycopg
 import pytest
 import redis as redis_client
 from confluent_kafka import Producer, TopicPartition
@@ -20,6 +21,7 @@ from server.database import Database
 from server.embedded import RedisServer, free_port
 from server.errors import NotReady, Problem
 from server.events import FORMAT_VERSION, MEMORY_FIELD, MEMORY_HEADER, OUTBOX_FIELD, ScoreEvent, encode_event
+from server.fences import EPOCH_HEADER
 from server.kafka_tail import KafkaTail
 from server.keys import Keys
 from server.rebuild import Verifier
@@ -30,7 +32,7 @@ from sync import store
 from sync.topics import ensure_topics, look_up
 from tests.client import board, can_write, connect, get, post, store_scores, wait_until_writable
 from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
-from tests.sync_parts import environment_of, event
+from tests.sync_parts import environment_of, event, put_fences
 from tests.test_idempotency import submit
 from tests.test_scores import bench
 
@@ -41,11 +43,12 @@ NOW_MS = time.time_ns() // 1_000_000
 MEMORY = "f" * 16 + "ann:k1"
 
 
-def send(settings: Settings, *events: ScoreEvent, memory: str = "") -> None:
+def send(settings: Settings, *events: ScoreEvent, memory: str = "", epoch: int | None = None) -> None:
     """Put events into Kafka as the relay does."""
     producer, failures = Producer({"bootstrap.servers": settings.kafka_brokers}), []
     for one in events:
         headers = [("v", FORMAT_VERSION)] + ([(MEMORY_HEADER, memory.encode())] if memory else [])
+        headers += [(EPOCH_HEADER, str(epoch).encode())] if epoch else []
         producer.produce(
             settings.kafka_topic,
             encode_event(one),
@@ -312,7 +315,7 @@ class TestReplay:
             hold(redis, *events)
             redis.delete(KEYS.answer + "ann:k1")
         server.stop()
-        log = max((server.data / "appendonlydir").glob("*.incr.aof"))
+        log = log_of(server)
         log.write_bytes(log.read_bytes()[:-1500])
         server.start()
         with connect(server) as redis:
@@ -404,6 +407,89 @@ class TestReplay:
         finally:
             kafka_broker.resume()
             server.stop()
+
+
+class TestFence:
+    """What a relay still delivers of a Redis that is gone."""
+
+    def test_event_delivered_before_the_fence_is_given_back_and_one_behind_it_is_not(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        hold(redis, event("ann", 1000, score=1))
+        redis.hset(KEYS.ready, mapping={"epoch": 5, "run_id": "that of the Redis which is gone"})
+        send(settings, event("ann", 1001, score=2), epoch=5)
+        epoch = verify(settings)
+        assert shown(redis) == {"ann": 2}
+        send(settings, event("ann", 1002, score=3), event("bob", 1002, seq=1, score=1), epoch=5)  # too late
+        send(settings, event("ann", 2000, score=12), epoch=epoch)
+        redis.hset(KEYS.ready, "run_id", "that of a second Redis which is gone")
+        verify(settings)
+        assert shown(redis) == {"ann": 12}
+        redis.flushall()
+        verify(settings)
+        assert shown(redis) == {"ann": 12}
+
+    def test_rebuild_knows_the_fences_that_the_database_has_behind_it(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        put_fences(settings, epoch=6)
+        writing = store.Store(settings.database_url)
+        writing.persist([], settings.kafka_topic, look_up(settings).topic_id, {0: 1}, {0: 6})
+        writing.close()
+        send(settings, event("ann", 1000, score=1), memory=MEMORY, epoch=5)
+        send(settings, event("bob", 1000, score=2), epoch=6)
+        verify(settings)
+        assert shown(redis) == {"bob": 2}
+
+    def test_epoch_rises_above_that_of_every_fence(self, settings: Settings, redis: redis_client.Redis) -> None:
+        ahead = NOW_MS * 2  # by a clock that was set wrong
+        put_fences(settings, ahead)
+        verifier = new_verifier(settings)
+        with pytest.raises(NotReady, match="another epoch of Redis was verified before"):
+            verify(settings, verifier)
+        assert verify(settings, verifier) > ahead
+
+    def test_live_relay_and_a_redis_that_lost_its_tail_end_up_with_the_same(
+        self, tmp_path: Path, settings: Settings, kafka_broker: KafkaBroker, fresh_redis: Callable[..., RedisServer]
+    ) -> None:
+        """The relay holds events in its hands that Redis loses, and delivers them when Kafka goes on."""
+        server = fresh_redis(appendfsync="always")
+        settings = dataclasses.replace(settings, redis_port=server.port)
+        environment = environment_of(settings)
+        scoreboard, sync = ServerProcess(tmp_path, environment), SyncProcess(tmp_path, environment)
+        try:
+            scoreboard.start()
+            sync.start()
+            wait_until_writable(scoreboard)
+            assert submit(scoreboard, 5, "k1").json["newScore"] == 5
+            with connect(server) as redis:
+                wait_until(lambda: redis.xlen(KEYS.outbox) == 0, 20, "the event was not relayed")
+                kept = log_of(server).stat().st_size
+                kafka_broker.pause()
+                assert submit(scoreboard, 100, "k2").json["newScore"] == 105
+                wait_until(lambda: redis.xlen(KEYS.outbox) == 1)
+                time.sleep(0.3)  # nothing shows from outside that the relay has read it
+            server.kill()
+            with log_of(server).open("r+b") as file:
+                file.truncate(kept)
+            server.start()
+            kafka_broker.resume()
+            wait_until_writable(scoreboard)
+            after = submit(scoreboard, 1, "k3").json["newScore"]
+            with connect(server) as redis, psycopg.connect(settings.database_url, autocommit=True) as database:
+                summed = "SELECT sum(delta)::bigint FROM score_events WHERE player_id = 'ann'"
+                wait_until(lambda: redis.xlen(KEYS.outbox) == 0, 20, "the event was not relayed")
+                wait_until(lambda: database.execute(summed).fetchone() == (after,), 20, "Redis and history differ")
+                assert shown(redis) == {"ann": after}
+        finally:
+            kafka_broker.resume()
+            scoreboard.stop()
+            sync.stop()
+
+
+def log_of(server: RedisServer) -> Path:
+    """The file that Redis appends to."""
+    return max((server.data / "appendonlydir").glob("*.incr.aof"))
 
 
 class TestLock:

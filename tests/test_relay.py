@@ -13,6 +13,7 @@ from confluent_kafka import TIMESTAMP_CREATE_TIME, Message
 from server.config import Settings
 from server.embedded import RedisServer
 from server.events import decode_event
+from server.fences import EPOCH_HEADER
 from server.keys import Keys
 from sync.lease import Lease
 from sync.relay import Relay
@@ -35,7 +36,13 @@ def settings(
         kafka_partitions=3,
     )
     ensure_topics(made)
+    verified(redis, epoch=1)
     return made
+
+
+def verified(redis: redis_client.Redis, epoch: int) -> None:
+    """Let Redis look as a server leaves it that has verified it."""
+    redis.hset(Keys().ready, mapping={"epoch": epoch, "run_id": redis.info("server")["run_id"]})
 
 
 def outbox_is_empty(redis: redis_client.Redis) -> Callable[[], bool]:
@@ -64,7 +71,7 @@ def test_entry_becomes_one_record_per_event(redis: redis_client.Redis, settings:
     ms = int(entry_id.split("-")[0])
     value = f'{{"eventId":"{entry_id}-1","board":"main","playerId":"bob","scoreDelta":-2,"newScore":-2,"at":{ms}}}'
     assert by_key[b"bob"].value() == value.encode()
-    assert by_key[b"bob"].headers() == [("v", b"1")]
+    assert by_key[b"bob"].headers() == [("v", b"1"), ("epoch", b"1")]
     assert by_key[b"bob"].timestamp() == (TIMESTAMP_CREATE_TIME, ms)
 
 
@@ -122,6 +129,40 @@ def test_relay_that_lost_its_lease_stops_and_waits(redis: redis_client.Redis, se
         wait_until(outbox_is_empty(redis))
 
 
+def test_relay_waits_for_a_redis_that_a_server_has_verified(redis: redis_client.Redis, settings: Settings) -> None:
+    redis.delete(Keys().ready)
+    with running(Relay, settings) as relay:
+        expected = add_entries(redis, 2)
+        wait_until(lambda: redis.exists(Keys().relay_lease))
+        assert (relay.relayed_events, redis.xlen("outbox")) == (0, 2)
+        verified(redis, epoch=7)
+        wait_until(outbox_is_empty(redis))
+    records = records_of(settings)
+    assert first_deliveries(records) == expected
+    assert {dict(record.headers())[EPOCH_HEADER] for record in records} == {b"7"}
+
+
+def test_entries_of_an_epoch_that_rises_are_sent_again_before_they_leave_the_outbox(
+    redis: redis_client.Redis, settings: Settings, kafka_broker: KafkaBroker
+) -> None:
+    with running(Relay, settings) as relay:
+        first = add_entries(redis, 2)
+        wait_until(outbox_is_empty(redis))
+        kafka_broker.pause()
+        try:
+            more = add_entries(redis, 3, first=2)
+            wait_until(lambda: relay.relayed_events == 50)
+            verified(redis, epoch=2)  # a fence may stand before what Kafka confirms from here on
+        finally:
+            kafka_broker.resume()
+        wait_until(outbox_is_empty(redis))
+        assert relay.turns_lost == 1
+    records = records_of(settings)
+    assert first_deliveries(records) == first + more
+    again = [record for record in records if dict(record.headers())[EPOCH_HEADER] == b"2"]
+    assert first_deliveries(again) == more
+
+
 def test_nothing_is_trimmed_that_kafka_has_not_confirmed(
     redis: redis_client.Redis, settings: Settings, kafka_broker: KafkaBroker
 ) -> None:
@@ -166,6 +207,7 @@ def test_relay_goes_on_when_redis_comes_back(settings: Settings, fresh_redis: Ca
     server = fresh_redis(appendfsync="always")
     own = Settings(redis_port=server.port, kafka_brokers=settings.kafka_brokers, kafka_topic=settings.kafka_topic)
     with redis_client.Redis(port=server.port) as client, running(Relay, own):
+        verified(client, epoch=1)
         expected = add_entries(client, 20)
         wait_until(outbox_is_empty(client))
         server.kill()

@@ -100,6 +100,12 @@ def test_offset_never_goes_back(store: Store) -> None:
     assert store.offsets("updates")[0].next_offset == 10
 
 
+def test_epoch_of_the_last_fence_is_kept_with_the_offset(store: Store) -> None:
+    store.persist([], "updates", "id-1", {0: 5, 1: 5}, {0: 7})
+    store.persist([], "updates", "id-1", {0: 4}, {0: 3})
+    assert store.offsets("updates") == {0: StoredOffset("id-1", 5, 7), 1: StoredOffset("id-1", 5, 0)}
+
+
 def test_offset_of_another_topic_is_neither_moved_nor_kept_when_forgotten(store: Store) -> None:
     persist(store, [], {0: 10})
     store.persist([], "updates", "id-2", {0: 20})

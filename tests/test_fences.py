@@ -1,0 +1,61 @@
+"""Which records of the log count: fences by themselves, and what every reader of the log makes of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.events import BadEvent
+from server.fences import EPOCH_HEADER, FENCE_HEADER, Fences
+
+
+def of_epoch(epoch: int) -> list[tuple[str, object]]:
+    return [("v", b"1"), (EPOCH_HEADER, str(epoch).encode())]
+
+
+def fence(epoch: int) -> list[tuple[str, object]]:
+    return [("v", b"1"), (FENCE_HEADER, str(epoch).encode())]
+
+
+def test_event_of_an_older_epoch_is_void_behind_a_fence_only() -> None:
+    fences = Fences()
+    assert fences.admits(0, of_epoch(5))
+    assert not fences.admits(0, fence(7)), "a fence is no event"
+    assert not fences.admits(0, of_epoch(5))
+    assert not fences.admits(0, of_epoch(6))
+    assert fences.admits(0, of_epoch(7))
+    assert fences.admits(0, of_epoch(8))
+    assert fences.void == 2
+
+
+def test_fence_stands_in_its_own_partition_alone() -> None:
+    fences = Fences()
+    fences.admits(0, fence(7))
+    assert fences.admits(1, of_epoch(5))
+
+
+def test_fence_behind_that_of_a_later_epoch_takes_nothing_back() -> None:
+    fences = Fences()
+    fences.admits(0, fence(7))
+    fences.admits(0, fence(6))
+    assert not fences.admits(0, of_epoch(6))
+    assert fences.epochs == {0: 7}
+
+
+@pytest.mark.parametrize("headers", [None, [], [("v", b"1")]])
+def test_event_without_an_epoch_always_counts(headers: list[tuple[str, object]] | None) -> None:
+    assert Fences({0: 7}).admits(0, headers)
+
+
+def test_reader_that_begins_elsewhere_takes_over_the_fences_before() -> None:
+    fences = Fences({0: 7})
+    assert not fences.admits(0, of_epoch(6))
+    fences.begin({0: 0, 1: 9})
+    assert fences.admits(0, of_epoch(6))
+    assert not fences.admits(1, of_epoch(8))
+
+
+@pytest.mark.parametrize("value", [b"", b"x", b"-1", None])
+@pytest.mark.parametrize("header", [EPOCH_HEADER, FENCE_HEADER])
+def test_epoch_that_is_no_number_makes_a_bad_event(header: str, value: bytes | None) -> None:
+    with pytest.raises(BadEvent, match=f"header {header}: expected digits"):
+        Fences().admits(0, [(header, value)])
