@@ -2,7 +2,7 @@
 # make test   the tests: PYTEST_ARGS='-k redis'
 # make check  formatter, linter, types, tests
 # make bench  the benchmarks: BENCH_ARGS
-# make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses
+# make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses|outages
 # Each sets up .venv first, where needed.
 
 .PHONY: run test check bench chaos setup

@@ -43,7 +43,7 @@ class Stack:
             "DATABASE_URL": self.postgres.url,
             "RATE_LIMIT_PER_SECOND": "0",
         } | dict(more_settings or {})
-        self._environment = environment(settings)
+        self.settings = settings
         self.relay = SyncProcess(directory, settings, "relay")
         self.persister = SyncProcess(directory, settings, "persister")
         self.server = ServerProcess(directory, settings)
@@ -66,7 +66,7 @@ class Stack:
             stack.callback(store.stop)
             store.start()
         migrate = [sys.executable, "-m", "server", "migrate"]
-        subprocess.run(migrate, check=True, env=self._environment, cwd=ROOT, capture_output=True)
+        subprocess.run(migrate, check=True, env=environment(self.settings), cwd=ROOT, capture_output=True)
         for service in (self.relay, self.persister, self.server):
             stack.callback(service.stop)
             service.start()

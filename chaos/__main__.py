@@ -1,5 +1,6 @@
 """`make chaos`: kill, pause and restart every part under load, heal, and compare every place with the ledger.
 
+`losses` lets Redis lose what it had acknowledged instead, `outages` takes Kafka and PostgreSQL away for minutes.
 CHAOS_SEED replays a schedule, CHAOS_KILLS is its length, CHAOS_RATE the updates a second. The last line says how it
 went; the exit status is 0 only if nothing was lost or doubled and all places agree.
 """
@@ -19,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Final, Literal
 
 import msgspec
 
@@ -30,7 +31,8 @@ from chaos.clients import ANSWER_WITHIN_S, Figures
 from chaos.ledger import Ledger
 from chaos.losses import lose
 from chaos.schedule import PARTS, Hit, Loss, Step
-from tests.services import JWT_SECRET, ROOT, UnavailableError, wait_until
+from server.embedded import Service
+from tests.services import JWT_SECRET, ROOT, SyncProcess, UnavailableError, wait_until
 
 KILLS: Final = 200
 LOSSES: Final = 15
@@ -38,11 +40,15 @@ RATE: Final = 3000
 BACK_WITHIN_S: Final = 90.0
 
 SETTINGS: Final = {"IDEMPOTENCY_MAX_PER_SUBJECT": "0", "IDEMPOTENCY_TTL_S": "900"}
+SMALL_OUTBOX: Final = {"OUTBOX_MAX_BYTES": "15000000"}
+"""Full before an outage of minutes is over: updates then have to wait, and none may be lost."""
 REDIS_OPTIONS: Final = {
     # kill -9 leaves the page cache alone, so it is not the disk that matters here. But while a background fsync
     # runs, everysec puts off even the write, for up to 2 s, and answers all the same: that is what a kill loses.
     "appendfsync": "always",
 }
+
+Kind = Literal["kills", "losses", "outages"]
 
 _log = logging.getLogger("chaos")
 
@@ -86,12 +92,12 @@ class Load:
 class Run:
     """One run: what was done to whom, and what came of it."""
 
-    def __init__(self, stack: Stack) -> None:
+    def __init__(self, stack: Stack, second_relay: Service) -> None:
         self.kills: Counter[str] = Counter()
         self.pauses: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self._stack = stack
-        self._parts = stack.measured
+        self._parts = {**stack.measured, "second relay": second_relay}
 
     def take(self, step: Step) -> None:
         """Do what the step says, return when the parts answer again and its quiet is over.
@@ -146,32 +152,48 @@ class Run:
         part.launch() if hit.how == "kill" else part.resume()
 
 
-def run(directory: Path, seed: int, kills: int, rate: int, losses: bool = False) -> bool:
+def run(directory: Path, seed: int, kills: int, rate: int, kind: Kind = "kills") -> bool:
     """One run, printed; whether nothing was lost or doubled and all places agree.
 
-    With `losses` there are no kills, but as many losses of what Redis had acknowledged. Raises UnavailableError
-    without Java or Maven.
+    `kills` is how many, or how many losses of what Redis had acknowledged. Raises UnavailableError without Java or
+    Maven.
     """
-    print(f"chaos: CHAOS_SEED={seed} CHAOS_KILLS={kills} CHAOS_RATE={rate}", flush=True)
+    print(f"chaos: CHAOS_SEED={seed} CHAOS_KILLS={kills} CHAOS_RATE={rate} {kind}", flush=True)
     with contextlib.ExitStack() as cleanup:
-        stack = Stack(directory, SETTINGS, REDIS_OPTIONS)
+        stack = Stack(directory, SETTINGS | (SMALL_OUTBOX if kind == "outages" else {}), REDIS_OPTIONS)
         stack.start(cleanup)
+        # One waits for the lease of the other: a relay that was paused wakes up beside its successor.
+        second_relay = SyncProcess(directory / "second", stack.settings, "relay")
+        if kind == "kills":
+            (directory / "second").mkdir()
+            cleanup.callback(second_relay.stop)
+            second_relay.start()
         load = Load(stack.server.port, seed, rate, directory / "ledger")
         cleanup.callback(load.stop)
         wait_until(lambda: load.figures.acknowledged, 30, "nothing is acknowledged")
-        torture = Run(stack)
-        planned: Sequence[Step | Loss] = schedule.losses(seed, kills) if losses else schedule.steps(seed, kills)
+        torture = Run(stack, second_relay)
+        planned = _planned(kind, seed, kills)
         for number, step in enumerate(planned, 1):
             torture.take(step) if isinstance(step, Step) else torture.lose(step, load)
-            print(f"{number:4}/{len(planned)} {load.figures.acknowledged:9,} acknowledged  {_words(step)}", flush=True)
+            print(f"{number:4}/{len(planned)} {_so_far(load.figures)}  {_words(step)}", flush=True)
         began_s = time.monotonic()
-        torture.wait_for(PARTS)
+        torture.wait_for(part for part in PARTS if part != "second relay" or kind == "kills")
         ledger = load.finish()
         wait_until(lambda: stack.server.status_of("/readyz") == 200, BACK_WITHIN_S, "the server is not ready")
         stack.settle()
         heal_s = time.monotonic() - began_s
-        verdict = judge_losses(stack, ledger) if losses else judge(stack, ledger)
+        verdict = judge_losses(stack, ledger) if kind == "losses" else judge(stack, ledger)
         return _report(torture, load.figures, heal_s, verdict)
+
+
+def _planned(kind: Kind, seed: int, kills: int) -> Sequence[Step | Loss]:
+    if kind == "outages":
+        return schedule.outages()
+    return schedule.losses(seed, kills) if kind == "losses" else schedule.steps(seed, kills)
+
+
+def _so_far(figures: Figures) -> str:
+    return f"{figures.acknowledged:9,} acknowledged, longest outage {figures.longest_outage_ms / 1000:4.1f} s"
 
 
 def _words(step: Step | Loss) -> str:
@@ -217,22 +239,27 @@ def _report(torture: Run, figures: Figures, heal_s: float, verdict: Verdict) -> 
 
 
 def main(argv: list[str]) -> int:
-    """Run as the environment says, with `losses` the second schedule; returns the exit status."""
-    if argv not in ([], ["losses"]):
-        print(f"usage: chaos [losses], got: {' '.join(argv)}", file=sys.stderr)
-        return 2
-    losses = bool(argv)
+    """Run the schedule that is named, `kills` without one, as the environment says; returns the exit status."""
+    kind: Kind
+    match argv:
+        case [] | ["kills"]:
+            kind = "kills"
+        case ["losses" | "outages" as kind]:
+            pass
+        case _:
+            print(f"usage: chaos [kills | losses | outages], got: {' '.join(argv)}", file=sys.stderr)
+            return 2
     logging.basicConfig(format="chaos: %(message)s")
     seed = int(os.environ.get("CHAOS_SEED") or secrets.randbelow(10**6))
     kills, rate = (
-        int(os.environ.get("CHAOS_KILLS") or (LOSSES if losses else KILLS)),
+        int(os.environ.get("CHAOS_KILLS") or (LOSSES if kind == "losses" else KILLS)),
         int(os.environ.get("CHAOS_RATE") or RATE),
     )
     with tempfile.TemporaryDirectory(prefix="scoreboard-chaos-") as directory:
         # Readable by the user that PostgreSQL runs as, which is not root.
         Path(directory).chmod(0o755)
         try:
-            return 0 if run(Path(directory), seed, kills, rate, losses) else 1
+            return 0 if run(Path(directory), seed, kills, rate, kind) else 1
         except UnavailableError as error:
             print(f"chaos: {error}", file=sys.stderr)
             return 2

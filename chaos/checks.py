@@ -17,6 +17,7 @@ import redis
 from bench.stack import TOPIC, Stack
 from chaos.ledger import Ledger, player_name
 from server.events import MEMORY_HEADER, decode_event
+from server.fences import Fences
 from server.keys import Keys
 
 _TABLE: Final = "CREATE TABLE acknowledged (update bigint, player_id text, delta bigint, score bigint)"
@@ -130,19 +131,21 @@ def _write_down(connection: psycopg.Connection, ledger: Ledger) -> None:
 
 
 def _records(stack: Stack) -> Iterator[tuple[list[int], list[int], list[int]]]:
-    """Update, milliseconds and sequence of all events in Kafka, some at a time."""
+    """Update, milliseconds and sequence of all events in Kafka that count, some at a time."""
     consumer = confluent_kafka.Consumer({"bootstrap.servers": stack.kafka.brokers, "group.id": "chaos"})
     try:
         left: dict[int, int] = {}
         for number in consumer.list_topics(TOPIC, timeout=10).topics[TOPIC].partitions:
             left[number] = consumer.get_watermark_offsets(confluent_kafka.TopicPartition(TOPIC, number), timeout=10)[1]
         consumer.assign([confluent_kafka.TopicPartition(TOPIC, number, 0) for number, end in left.items() if end])
-        unread = sum(left.values())
+        unread, fences = sum(left.values()), Fences()
         while unread:
             updates, ms, seq = [], [], []
             for record in consumer.consume(READ_RECORDS, 5):
                 assert record.error() is None, record.error()
                 unread -= 1
+                if not fences.admits(record.partition(), record.headers()):
+                    continue
                 version = decode_event(record.value()).version
                 ms.append(version[0])
                 seq.append(version[1])

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Final, Literal, NamedTuple
 
-PARTS: Final = ("server", "relay", "persister", "Redis", "Kafka", "PostgreSQL")
+PARTS: Final = ("server", "relay", "second relay", "persister", "Redis", "Kafka", "PostgreSQL")
 
 LOSSES: Final = ("truncate", "promote", "flush")
 LARGEST_CUT_BYTES: Final = 500_000
@@ -26,6 +26,10 @@ LONGEST_PAUSE_S: Final = 5.0
 """Longer than the relay's lease and the request deadline, of 2 s each: a part that wakes finds the world changed."""
 
 LONGEST_QUIET_S: Final = 3.0
+
+OUTAGE_S: Final = 120.0
+HANG_S: Final = 60.0
+"""Of the stores whose absence nobody should notice."""
 
 
 class Hit(NamedTuple):
@@ -63,6 +67,16 @@ def steps(seed: int, kills: int) -> list[Step]:
             hits.append(hit)
         drawn.append(Step(tuple(hits), round(rng.uniform(0.2, LONGEST_QUIET_S), 3)))
     return drawn
+
+
+def outages() -> list[Step]:
+    """Kafka, then PostgreSQL, away for minutes: once killed, once hanging."""
+    hits = [hit for part in ("Kafka", "PostgreSQL") for hit in _long_hits(part)]
+    return [Step((hit,), LONGEST_QUIET_S) for hit in hits]
+
+
+def _long_hits(part: str) -> tuple[Hit, Hit]:
+    return Hit(part, "kill", 0.0, OUTAGE_S), Hit(part, "pause", 0.0, HANG_S)
 
 
 class Loss(NamedTuple):
