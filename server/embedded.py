@@ -40,11 +40,18 @@ class ServiceError(ScoreboardError):
     """A service did not start; the message ends with what it said."""
 
 
+_given_ports: set[int] = set()
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((ADDRESS, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody listens on at this moment, another one at each call."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind((ADDRESS, 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given_ports:  # whoever asked for it may not listen yet
+            _given_ports.add(port)
+            return port
 
 
 class Service(Child):
