@@ -40,7 +40,7 @@ RATE: Final = 3000
 BACK_WITHIN_S: Final = 90.0
 
 SETTINGS: Final = {"IDEMPOTENCY_MAX_PER_SUBJECT": "0", "IDEMPOTENCY_TTL_S": "900"}
-SMALL_OUTBOX: Final = {"OUTBOX_MAX_BYTES": "15000000"}
+SMALL_OUTBOX: Final = {"OUTBOX_MAX_BYTES": "8000000"}
 """Full before an outage of minutes is over: updates then have to wait, and none may be lost."""
 REDIS_OPTIONS: Final = {
     # kill -9 leaves the page cache alone, so it is not the disk that matters here. But while a background fsync

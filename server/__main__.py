@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import resource
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -23,6 +24,9 @@ from server import config
 from server.errors import ConfigError, ScoreboardError
 
 DRAIN_GRACE_S: Final = 10.0
+OTHER_FILES: Final = 1100
+"""Open files that are no WebSocket: HTTP connections at the busiest, stores, libraries."""
+
 WEBSOCKET_PATH: Final = "/live-updates"
 
 
@@ -30,6 +34,7 @@ def serve(argv: list[str]) -> int:
     """Run the server until SIGTERM; never returns."""
     argparse.ArgumentParser(prog="scoreboard serve", description="Run the server.").parse_args(argv)
     settings = config.load()
+    _raise_file_limit(settings.live_max_connections)
     from server import uws  # must be the first to open libuv; only this command needs it
 
     uws.run(_serve(settings))
@@ -49,7 +54,8 @@ async def _serve(settings: config.Settings) -> int:
     # A reader gives Redis half of its time, and the database the other.
     database = Database(settings.database_url, settings.request_deadline_ms / 2000 - 0.05)
     try:
-        routes = Routes(settings, Authenticator(settings), database)
+        authenticator = Authenticator(settings)
+        routes = Routes(settings, authenticator, database)
     except ConfigError as error:
         _say(error)
         return 2
@@ -61,7 +67,7 @@ async def _serve(settings: config.Settings) -> int:
         on_problem=routes.on_problem,
         on_page=routes.on_page,
     )
-    live = Live(settings, keys, scores)
+    live = Live(settings, keys, scores, authenticator)
     server = uws.Server(request_timeout_s=settings.request_deadline_ms / 1000 + 3)
     routes.register(server, scores, live)
     server.websocket(
@@ -82,7 +88,7 @@ async def _serve(settings: config.Settings) -> int:
     connecting = asyncio.create_task(scores.run())
     received = await uws.stop_signal()
     logging.getLogger(__name__).info("stopping on %s", received.name)
-    await server.drain(DRAIN_GRACE_S)
+    await server.drain(DRAIN_GRACE_S, live.goodbye())
     live.stop()
     connecting.cancel()
     await database.close()
@@ -168,6 +174,16 @@ COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "token": token,
     "dev": dev,
 }
+
+
+def _raise_file_limit(connections: int) -> None:
+    """Let the process open as many files as the system allows it, and say how many that are."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    log = logging.getLogger(__name__)
+    log.info("up to %d files may be open", most)
+    if connections and most < connections + OTHER_FILES:
+        log.warning("too few for LIVE_MAX_CONNECTIONS=%d: raise the limit (ulimit -n) or lower that", connections)
 
 
 def _say(error: Exception) -> None:

@@ -219,6 +219,18 @@ class Settings:
     live_high_water_bytes: int = _setting(
         "LIVE_HIGH_WATER_BYTES", _integer(4096, 2**30), 65_536, "buffered bytes that make a connection lagging"
     )
+    live_max_connections: int = _setting(
+        "LIVE_MAX_CONNECTIONS",
+        _integer(0, 10_000_000),
+        20_000,
+        "most WebSockets of one server, at about 6 KB each; each takes a file descriptor; 0: no limit",
+    )
+    live_max_per_ip: int = _setting(
+        "LIVE_MAX_PER_IP",
+        _integer(0, 10_000_000),
+        1000,
+        "most WebSockets from one address (IPv6: one /64) that bring no valid token; 0: no limit",
+    )
 
     new_topic: Literal["refuse", "restart"] = _setting(
         "KAFKA_NEW_TOPIC",

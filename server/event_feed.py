@@ -38,6 +38,7 @@ class _Changed(msgspec.Struct, rename="camel", gc=False):
 
     board: str
     player_id: str
+    at: int
 
 
 _decode_changed = msgspec.json.Decoder(_Changed).decode
@@ -46,12 +47,15 @@ _decode_changed = msgspec.json.Decoder(_Changed).decode
 class EventFeed(threading.Thread):
     """Reads the topic from its end while it is `watched`.
 
-    Both callbacks run on the loop: `on_changed` with a set of (board, player), and `on_gap` when changes may have
-    been missed, because reading has only just begun.
+    Both callbacks run on the loop: `on_changed` with a set of (board, player) and when the oldest of their events was
+    applied (Unix time in ms), and `on_gap` when changes may have been missed, because reading has only just begun.
     """
 
     def __init__(
-        self, settings: Settings, on_changed: Callable[[set[tuple[str, str]]], None], on_gap: Callable[[], None]
+        self,
+        settings: Settings,
+        on_changed: Callable[[set[tuple[str, str]], int | None], None],
+        on_gap: Callable[[], None],
     ) -> None:
         super().__init__(name="event-feed", daemon=True)
         self.connected = False
@@ -63,6 +67,7 @@ class EventFeed(threading.Thread):
         self._watched = False
         self._woken = threading.Event()
         self._assigned = 0
+        self._began_ms = 0
 
     def watch(self, watched: bool) -> None:
         """Whether anybody is interested now."""
@@ -148,6 +153,7 @@ class EventFeed(threading.Thread):
         name, begin = self._settings.kafka_topic, self._assigned
         added = [TopicPartition(name, number, 0) for number in range(begin, partitions)]
         if begin == 0:
+            self._began_ms = int(time.time() * 1000)
             for partition in added:
                 partition.offset = consumer.get_watermark_offsets(partition, timeout=ANSWER_WITHIN_S)[1]
             added = self._a_little_earlier(consumer, added)
@@ -165,7 +171,7 @@ class EventFeed(threading.Thread):
         return [each if each.offset >= 0 else end for each, end in zip(found, ends, strict=True)]
 
     def _hand_over(self, records: list[Any]) -> None:
-        changed = set()
+        changed, oldest_ms = set(), None
         for record in records:
             if record.error() is not None:
                 _log.warning("Kafka: %s", record.error())
@@ -175,5 +181,7 @@ class EventFeed(threading.Thread):
             except (msgspec.DecodeError, TypeError):
                 continue  # the persister counts and keeps what cannot be read
             changed.add((event.board, event.player_id))
+            if event.at >= self._began_ms and (oldest_ms is None or event.at < oldest_ms):
+                oldest_ms = event.at
         if changed and self._watched:
-            self._loop.call_soon_threadsafe(self._on_changed, changed)
+            self._loop.call_soon_threadsafe(self._on_changed, changed, oldest_ms)

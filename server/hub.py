@@ -42,6 +42,7 @@ class _LeaderboardUpdate(msgspec.Struct, rename="camel", tag_field="type", tag="
     board: str
     seq: int
     top_scores: list[_Score]
+    delay_ms: int | None = None
     resync: bool = False
 
 
@@ -82,8 +83,12 @@ class Watcher:
     asked: set[str] = dataclasses.field(default_factory=set)
     """Players whose current score the next flush owes it."""
     lagging_since_ms: int | None = None
+    address: str = ""
+    """Where it comes from, as limits count it."""
     errors: int = 0
     """Messages of it that made no sense."""
+    paid_until_ms: float = 0.0
+    """Up to when its messages have used up what it may send (GCRA)."""
     told_live: bool = True
     """What it was last told about the board being live; silence means that it is."""
 
@@ -135,7 +140,10 @@ class _List:
 class _Board:
     """One board's watchers and changes."""
 
-    __slots__ = ("changed", "dirty", "lists", "name", "named", "reading", "serving", "shards", "waiting", "watchers")
+    __slots__ = (
+        "changed", "dirty", "lists", "name", "named", "oldest_ms", "reading", "reading_oldest_ms", "serving", "shards",
+        "waiting", "watchers",
+    )  # fmt: skip
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -147,6 +155,8 @@ class _Board:
         self.lists: dict[int, _List] = {}
         self.dirty: set[str] = set()
         self.reading: set[str] = set()  # dirty players of the flush under way
+        self.oldest_ms: int | None = None  # when the oldest change was applied that no flush has taken up
+        self.reading_oldest_ms: int | None = None  # the same of the flush under way
         self.changed = False
 
     @property
@@ -228,13 +238,14 @@ class Hub:
 
     # ------------------------------------------------------------------ changes
 
-    def mark(self, changes: Iterable[tuple[str, str]]) -> None:
-        """Events arrived for these (board, player)."""
+    def mark(self, changes: Iterable[tuple[str, str]], oldest_ms: int | None = None) -> None:
+        """Events arrived for these (board, player), the oldest of them applied at that Unix time where it is known."""
         for name, player in changes:
             board = self._boards.get(name)
             if board is not None and board.watchers:
                 board.dirty.add(player)
                 board.changed = True
+                board.oldest_ms = _older(board.oldest_ms, oldest_ms)
 
     def mark_lists(self) -> None:
         """Anything may have changed: read every list again."""
@@ -257,6 +268,7 @@ class Hub:
                 continue
             board.changed = False
             board.reading, board.dirty = board.dirty, set()
+            board.reading_oldest_ms, board.oldest_ms = board.oldest_ms, None
             for watcher in board.waiting:
                 board.serving[watcher], watcher.asked = watcher.asked, set()
             board.waiting.clear()
@@ -268,14 +280,20 @@ class Hub:
         for board in self._boards.values():
             board.dirty |= board.reading
             board.reading = set()
+            board.oldest_ms = _older(board.oldest_ms, board.reading_oldest_ms)
             for watcher, asked in board.serving.items():
                 watcher.asked |= asked
                 board.waiting.add(watcher)
             board.serving.clear()
             board.changed = True
 
-    def publish(self, name: str, top: list[Entry], scores: dict[str, int]) -> Iterator[Publish | Send]:
-        """What to send, given what was read of a board; shards first, so that nobody gets this flush twice."""
+    def publish(
+        self, name: str, top: list[Entry], scores: dict[str, int], unix_ms: int | None = None
+    ) -> Iterator[Publish | Send]:
+        """What to send, given what was read of a board; shards first, so that nobody gets this flush twice.
+
+        Given the time, lists that changed tell how long ago the oldest of their changes was applied.
+        """
         board = self._board(name)
         reading, board.reading = board.reading, set()
         updates = {
@@ -285,7 +303,9 @@ class Hub:
         }
         lists = self._advance_lists(board, top)
         chosen = self._choose(board, updates.keys(), top)
-        yield from self._to_shards(board, lists, updates, chosen)
+        oldest_ms = board.reading_oldest_ms
+        delay_ms = None if unix_ms is None or oldest_ms is None else max(0, unix_ms - oldest_ms)
+        yield from self._to_shards(board, lists, updates, chosen, delay_ms)
         yield from self._to_named(board, updates, chosen)
         yield from self._to_served(board, scores)
 
@@ -336,10 +356,10 @@ class Hub:
         return changed
 
     @staticmethod
-    def _list_message(board: _Board, limit: int, *, resync: bool = False) -> bytes:
+    def _list_message(board: _Board, limit: int, delay_ms: int | None = None, *, resync: bool = False) -> bytes:
         each = board.lists[limit]
         rows = [_Score(player, score) for player, score in each.entries or ()]
-        return _encode(_LeaderboardUpdate(board.name, each.seq, rows, resync))
+        return _encode(_LeaderboardUpdate(board.name, each.seq, rows, delay_ms, resync))
 
     @staticmethod
     def _choose(board: _Board, changed: Collection[str], top: list[Entry]) -> set[str]:
@@ -352,13 +372,18 @@ class Hub:
         return set(sorted(changed, key=lambda player: player not in wanted)[:room])
 
     def _to_shards(
-        self, board: _Board, changed: dict[int, bool], updates: dict[str, bytes], chosen: set[str]
+        self,
+        board: _Board,
+        changed: dict[int, bool],
+        updates: dict[str, bytes],
+        chosen: set[str],
+        delay_ms: int | None,
     ) -> Iterator[Publish]:
         scores = [updates[player] for player in chosen]
         if len(chosen) < len(updates):
             scores.append(_skipped_message(len(updates) - len(chosen)))
         for (limit, all_scores), shards in list(board.shards.items()):
-            messages = [self._list_message(board, limit)] if changed[limit] else []
+            messages = [self._list_message(board, limit, delay_ms)] if changed[limit] else []
             if all_scores:
                 messages += scores
             if messages:
@@ -434,6 +459,11 @@ class Hub:
                 watchers.discard(watcher)
                 if not watchers:
                     del board.named[player]
+
+
+def _older(one_ms: int | None, other_ms: int | None) -> int | None:
+    known = [each for each in (one_ms, other_ms) if each is not None]
+    return min(known, default=None)
 
 
 def _size(shard: Shard) -> int:

@@ -16,6 +16,8 @@ from typing import Any, Final
 
 import msgspec
 
+from server.admission import Admission
+from server.auth import Authenticator, ClientAddress
 from server.config import Settings
 from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
@@ -30,8 +32,15 @@ MAX_NAMED: Final = 100
 MAX_ERRORS: Final = 20
 """Client messages that make no sense before the connection is closed."""
 
+COMING_BACK_PER_S: Final = 2000
+"""Connections that may come back in a second after a restart: a quarter of what was measured."""
+
 MAX_FLUSH_BYTES: Final = 1 << 20
 """The most one flush may add to a connection that is just below the high-water mark."""
+
+MESSAGE_INTERVAL_MS: Final = 100
+MESSAGE_BURST: Final = 100
+"""Client messages: ten a second on the long run, a hundred at once; more than that is closed."""
 
 MAX_MESSAGE_BYTES: Final = 32_768
 IDLE_TIMEOUT_S: Final = 120
@@ -57,13 +66,16 @@ _decode_message = msgspec.json.Decoder(_Subscribe | _Unsubscribe).decode
 class Live:
     """The WebSocket route, and the flushes that feed it."""
 
-    def __init__(self, settings: Settings, keys: Keys, scores: Scores) -> None:
+    def __init__(self, settings: Settings, keys: Keys, scores: Scores, authenticator: Authenticator) -> None:
         self.is_live = False  # until Kafka was reached
         self.flushes = 0
         self.resyncs = 0
         self._settings = settings
         self._keys = keys
         self._scores = scores
+        self._authenticator = authenticator
+        self._client = ClientAddress(settings.trusted_proxies)
+        self._admission = Admission(settings.live_max_connections, settings.live_max_per_ip)
         self._hub = Hub(settings.live_interval_ms)
         self._loop = asyncio.get_running_loop()
         self._feed = EventFeed(settings, self.changed, self.read_all_again)
@@ -74,7 +86,7 @@ class Live:
     @property
     def connections(self) -> int:
         """How many are connected."""
-        return self._hub.watchers
+        return self._admission.connections
 
     @property
     def lagging(self) -> int:
@@ -91,16 +103,43 @@ class Live:
         """Read no more events."""
         self._feed.stop()
 
+    def goodbye(self) -> bytes:
+        """The reason that connections are closed with: within how many seconds to come back, each at random."""
+        return b"restarting; reconnect within %d s" % -(-max(1, self.connections) // COMING_BACK_PER_S)
+
     # ------------------------------------------------------------------ sockets (server.uws.SocketEvents)
 
     def accept(self, request: Request) -> Watcher:
-        """What the query asks for; 400 or 404 if it makes no sense."""
-        return parse_query(request.query, self._settings.boards)
+        """What the query asks for; 400 or 404 if it makes no sense, 403 or 503 if it may not watch."""
+        self._check_origin(request)
+        watcher = parse_query(request.query, self._settings.boards)
+        forwarded_for = request.joined_header(b"x-forwarded-for") if self._client.needs_header else b""
+        watcher.address = self._client.of(request.peer, forwarded_for.decode("latin-1"))
+        self._admission.check_total()
+        if not self._has_token(request):
+            self._admission.check_address(watcher.address)
+        return watcher
+
+    def _check_origin(self, request: Request) -> None:
+        """Pages of other sites may watch as CORS_ORIGINS says, ours always; programs name no origin."""
+        origin, allowed = request.header(b"origin").decode("latin-1"), self._settings.cors_origins
+        if not origin or "*" in allowed or origin in allowed:
+            return
+        if origin.partition("://")[2] != request.header(b"host").decode("latin-1"):
+            raise Problem(403, f"Origin: expected one of CORS_ORIGINS, got {origin[:80]!r}")
+
+    def _has_token(self, request: Request) -> bool:
+        authorization = request.header(b"authorization")
+        try:
+            return bool(authorization and self._authenticator.caller(authorization))
+        except Problem:
+            return False
 
     def opened(self, connection: Socket) -> None:
         """The next flush, which is due at once when nothing else happens, sends it its snapshot."""
         watcher: Watcher = connection.state
         watcher.connection = connection
+        self._admission.enter(watcher.address)
         self._hub.join(watcher)
         self._feed.watch(True)
         self._tell_status(watcher)
@@ -109,6 +148,9 @@ class Live:
     def received(self, connection: Socket, text: bytes) -> None:
         """subscribe or unsubscribe; anything else is answered with an error."""
         watcher: Watcher = connection.state
+        if not self._may_send(watcher):
+            connection.end(CloseCode.POLICY_VIOLATION, b"too many messages")
+            return
         try:
             message = _decode_message(text)
             players = set(message.players)
@@ -131,8 +173,15 @@ class Live:
 
     def closed(self, connection: Socket) -> None:
         """Nothing is owed to it any more."""
+        self._admission.leave(connection.state.address)
         self._hub.leave(connection.state)
         self._feed.watch(self._hub.watchers > 0)
+
+    @staticmethod
+    def _may_send(watcher: Watcher) -> bool:
+        now_ms = _now_ms()
+        watcher.paid_until_ms = max(watcher.paid_until_ms, now_ms) + MESSAGE_INTERVAL_MS
+        return watcher.paid_until_ms <= now_ms + MESSAGE_BURST * MESSAGE_INTERVAL_MS
 
     def _complain(self, connection: Socket, detail: str) -> None:
         watcher: Watcher = connection.state
@@ -144,9 +193,9 @@ class Live:
 
     # ------------------------------------------------------------------ changes
 
-    def changed(self, changes: set[tuple[str, str]]) -> None:
-        """Events for these (board, player) arrived."""
-        self._hub.mark(changes)
+    def changed(self, changes: set[tuple[str, str]], oldest_ms: int | None) -> None:
+        """Events for these (board, player) arrived, the oldest of them applied at that Unix time."""
+        self._hub.mark(changes, oldest_ms)
         self._schedule()
 
     def read_all_again(self) -> None:
@@ -230,7 +279,7 @@ class Live:
             top = entries_of(next(replies))
             scores = dict(_present(read.players, next(replies))) if read.players else {}
             turn_s = time.perf_counter()
-            for number, step in enumerate(self._hub.publish(read.board, top, scores)):
+            for number, step in enumerate(self._hub.publish(read.board, top, scores, int(time.time() * 1000))):
                 self._carry_out(step)
                 if isinstance(step, Publish) or number % 50 == 49:
                     busy_s += time.perf_counter() - turn_s
@@ -247,6 +296,9 @@ class Live:
             return
         watcher, connection = step.watcher, step.watcher.connection
         if watcher.lagging_since_ms is not None:
+            return
+        if connection.buffered_bytes > self._settings.live_high_water_bytes:
+            self._lag(watcher)
             return
         for message in step.messages:
             if connection.send(message) == SendStatus.DROPPED:

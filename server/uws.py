@@ -490,14 +490,14 @@ class Server:
             bound: int = listener.getsockname()[1]
         return bound
 
-    async def drain(self, grace_s: float) -> None:
-        """Stop listening, close every socket with 1001, and wait for the requests in flight."""
+    async def drain(self, grace_s: float, goodbye: bytes) -> None:
+        """Stop listening, close every socket with 1001 and `goodbye`, and wait for the requests in flight."""
         self.draining = True
         if self._listening is not None:
             lib.us_listen_socket_close(SSL, self._listening)
             self._listening = None
         for connection in list(self.sockets.values()):
-            connection.end(CloseCode.GOING_AWAY, b"restarting")
+            connection.end(CloseCode.GOING_AWAY, goodbye)
         deadline_s = time.monotonic() + grace_s
         while self.pending and time.monotonic() < deadline_s:  # noqa: ASYNC110 - answers are not worth an event each
             await asyncio.sleep(0.01)

@@ -77,12 +77,12 @@ class Board:
     def top(self, limit: int) -> list[tuple[str, int]]:
         return sorted(self.redis.items(), key=lambda entry: (entry[1], entry[0].encode()), reverse=True)[:limit]
 
-    def flush(self) -> list[Publish | Send]:
+    def flush(self, unix_ms: int | None = None) -> list[Publish | Send]:
         reads = self.hub.begin_flush()
         steps = []
         for read in reads:
             scores = {player: self.redis[player] for player in read.players if player in self.redis}
-            for step in self.hub.publish(read.board, self.top(read.limit), scores):
+            for step in self.hub.publish(read.board, self.top(read.limit), scores, unix_ms):
                 steps.append(step)
                 self.carry_out(step)
         return steps
@@ -150,6 +150,34 @@ def test_seq_rises_by_one_with_every_change_of_the_list(board: Board) -> None:
         board.change("ann", score)
         board.flush()
     assert [message["seq"] for message in client.messages if "seq" in message] == [1, 2, 3, 4]
+
+
+def test_list_tells_how_long_ago_the_oldest_of_its_changes_was_applied(board: Board) -> None:
+    watcher = board.join()
+    board.flush()
+    board.redis = {"ann": 1, "bob": 2}
+    board.hub.mark([("main", "ann")], 1000)
+    board.hub.mark([("main", "bob")], 1030)
+    board.flush(unix_ms=1042)
+    board.redis["ann"] = 3
+    board.hub.mark([("main", "ann")])  # read once more from before the connection: nobody waited for it
+    board.flush(unix_ms=5000)
+    board.redis["ann"] = 4
+    board.hub.mark([("main", "ann")], 6010)
+    board.flush(unix_ms=6000)  # by a clock that is behind that of Redis
+    assert [message.get("delayMs") for message in watcher.messages if "topScores" in message] == [None, 42, None, 0]
+
+
+def test_failed_read_adds_to_the_delay(board: Board) -> None:
+    watcher = board.join()
+    board.flush()
+    board.redis["ann"] = 1
+    board.hub.mark([("main", "ann")], 1000)
+    board.hub.begin_flush()
+    board.hub.abandon_flush()
+    board.hub.mark([("main", "ann")], 1200)
+    board.flush(unix_ms=1250)
+    assert watcher.messages[-2]["delayMs"] == 250
 
 
 def test_repeated_and_late_events_show_what_redis_says_now(board: Board) -> None:

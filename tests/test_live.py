@@ -18,9 +18,9 @@ from confluent_kafka import Producer
 from server.embedded import RedisServer, free_port
 from server.events import ScoreEvent, encode_event
 from sync import topics
-from tests.client import assert_problem, connect, get, new_player, post, trust, wait_until_writable
+from tests.client import assert_problem, connect, get, new_player, post, token, trust, wait_until_writable
 from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
-from tests.wire import Wire, once
+from tests.wire import Answer, Wire, once
 
 TEXT, CLOSE = 1, 8
 HIGH_WATER_BYTES = 4096
@@ -368,8 +368,7 @@ def test_nonsense_is_answered_with_an_error(world: World, text: bytes, detail: s
     with Watcher(world.server) as watcher:
         watcher.message()
         watcher.send_text(text)
-        error = watcher.message()
-        assert error["type"] == "error", error
+        error = watcher.until(type="error")
         assert re.search(detail, error["detail"], re.IGNORECASE)
         watcher.ask(type="subscribe", players=["ann"])
         world.change(ann=5)
@@ -393,6 +392,74 @@ def test_nonsense_without_end_is_closed(world: World) -> None:
             assert watcher.message()["type"] == "error"
         opcode, payload = watcher.frame()
         assert (opcode, payload[:2]) == (CLOSE, (1008).to_bytes(2, "big"))
+
+
+def test_messages_without_end_are_closed(world: World) -> None:
+    with Watcher(world.server) as watcher:
+        watcher.message()
+        for _ in range(200):
+            watcher.ask(type="unsubscribe", players=[])
+        opcode, payload = watcher.frame()
+        assert (opcode, payload) == (CLOSE, b"\x03\xf0too many messages")
+
+
+# ---------------------------------------------------------------------- who may watch
+
+
+@pytest.fixture
+def strict_server(world: World) -> Iterator[ServerProcess]:
+    """A server that lets in three, two of them from one address, and pages of one origin."""
+    limits = {"LIVE_MAX_CONNECTIONS": "3", "LIVE_MAX_PER_IP": "2", "TRUSTED_PROXIES": "127.0.0.1"}
+    server = ServerProcess(world.directory, world.settings | limits | {"CORS_ORIGINS": "https://game.example"})
+    try:
+        server.start()
+        wait_until_writable(server)
+        yield server
+    finally:
+        server.stop()
+
+
+def refused(server: ServerProcess, **headers: str) -> Answer:
+    with Wire(server.port) as wire:
+        return wire.upgrade("/live-updates", **headers)
+
+
+def test_connections_of_one_address_are_limited_unless_they_bring_a_token(strict_server: ServerProcess) -> None:
+    with Watcher(strict_server) as first, Watcher(strict_server):
+        answer = refused(strict_server)
+        assert_problem(answer, 503, "too-many-connections", "at most 2 connections from 127.0.0.1 (LIVE_MAX_PER_IP)")
+        assert answer.headers["retry-after"] == "5"
+        with Wire(strict_server.port) as wire:
+            assert wire.upgrade("/live-updates", Authorization="Bearer nonsense").status == 503
+        with Wire(strict_server.port) as wire:
+            assert wire.upgrade("/live-updates", Authorization=f"Bearer {token('ann')}").status == 101
+            first.until(type="leaderboardUpdate")
+        first.close()
+        wait_until(lambda: metric(strict_server, "scoreboard_live_connections") == 1)
+        with Watcher(strict_server) as third:
+            third.until(type="leaderboardUpdate")
+
+
+def test_connections_are_limited_in_total_and_counted_by_the_address_behind_a_proxy(
+    strict_server: ServerProcess,
+) -> None:
+    with Wire(strict_server.port) as one, Wire(strict_server.port) as other, Wire(strict_server.port) as third:
+        for number, wire in enumerate((one, other, third)):
+            assert wire.upgrade("/live-updates", X_Forwarded_For=f"10.0.0.{number}").status == 101
+        answer = refused(strict_server, X_Forwarded_For="10.0.0.9", Authorization=f"Bearer {token('ann')}")
+        assert_problem(answer, 503, "too-many-connections", "at most 3 connections in total (LIVE_MAX_CONNECTIONS)")
+    wait_until(lambda: metric(strict_server, "scoreboard_live_connections") == 0)
+
+
+@pytest.mark.parametrize("origin", ["https://game.example", "http://test", ""])
+def test_page_of_an_allowed_origin_or_of_our_own_may_watch(strict_server: ServerProcess, origin: str) -> None:
+    with Wire(strict_server.port) as wire:
+        assert wire.upgrade("/live-updates", **({"Origin": origin} if origin else {})).status == 101
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "https://game.example.evil", "null"])
+def test_page_of_another_origin_may_not_watch(strict_server: ServerProcess, origin: str) -> None:
+    assert_problem(refused(strict_server, Origin=origin), 403, "forbidden", f"got '{origin}'")
 
 
 # ---------------------------------------------------------------------- slow clients
@@ -512,7 +579,7 @@ def test_stop_says_goodbye_to_every_watcher(world: World) -> None:
             opcode, payload = TEXT, b""
             while opcode == TEXT:
                 opcode, payload = watcher.frame()
-            assert (opcode, payload) == (CLOSE, b"\x03\xe9restarting")
+            assert (opcode, payload) == (CLOSE, b"\x03\xe9restarting; reconnect within 1 s")
         stopping.join()
         assert server.status == 0
         said = server.output_tail(1000)

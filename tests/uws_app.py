@@ -167,7 +167,7 @@ async def serve(port: int, force_gc: bool) -> int:
 
         collect()
     await uws.stop_signal()
-    await server.drain(GRACE_S)
+    await server.drain(GRACE_S, b"restarting")
     return 0
 
 

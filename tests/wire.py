@@ -105,10 +105,10 @@ class Wire:
             self._socket.settimeout(TIMEOUT_S)
         return False
 
-    def upgrade(self, path: str) -> Answer:
-        """Ask for a WebSocket; 101 when there is one now."""
+    def upgrade(self, path: str, **more: str) -> Answer:
+        """Ask for a WebSocket, with more headers; 101 when there is one now."""
         key = base64.b64encode(os.urandom(16)).decode()
-        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", **more}
         return self.request("GET", path, **headers, **{"Sec-WebSocket-Key": key})
 
     def send_text(self, text: bytes) -> None:
