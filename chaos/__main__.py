@@ -40,6 +40,9 @@ RATE: Final = 3000
 BACK_WITHIN_S: Final = 90.0
 
 SETTINGS: Final = {"IDEMPOTENCY_MAX_PER_SUBJECT": "0", "IDEMPOTENCY_TTL_S": "900"}
+ENTRIES_UNDER_LOAD: Final = 200
+"""What a healthy outbox may hold: about 0.1 s of batches."""
+
 SMALL_OUTBOX: Final = {"OUTBOX_MAX_BYTES": "8000000"}
 """Full before an outage of minutes is over: updates then have to wait, and none may be lost."""
 REDIS_OPTIONS: Final = {
@@ -176,6 +179,10 @@ def run(directory: Path, seed: int, kills: int, rate: int, kind: Kind = "kills")
         for number, step in enumerate(planned, 1):
             torture.take(step) if isinstance(step, Step) else torture.lose(step, load)
             print(f"{number:4}/{len(planned)} {_so_far(load.figures)}  {_words(step)}", flush=True)
+            if kind == "outages":
+                torture.wait_for(PARTS[-2:])
+                relayed_s, persisted_s = stack.settle(ENTRIES_UNDER_LOAD)
+                print(f"{'':9}caught up: Kafka within {relayed_s:.1f} s, PostgreSQL {persisted_s:.1f} s", flush=True)
         began_s = time.monotonic()
         torture.wait_for(part for part in PARTS if part != "second relay" or kind == "kills")
         ledger = load.finish()
