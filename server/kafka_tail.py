@@ -108,7 +108,7 @@ class KafkaTail:
     def fence(self, epoch: int) -> dict[int, int]:
         """Let nothing count that is of an older epoch and not in the log yet; by partition, where that ends now."""
         errors: list[KafkaError] = []
-        producer = Producer({**self._clients, "enable.idempotence": True, "acks": "all"})
+        producer = Producer({**self._clients, "acks": "all", "linger.ms": 0})
         for number in self._log.bounds:
             producer.produce(
                 self._topic,

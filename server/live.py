@@ -21,7 +21,7 @@ from server.auth import Authenticator, ClientAddress
 from server.config import Settings
 from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
-from server.hub import Hub, Publish, Read, Send, Watcher, error_message, status_message
+from server.hub import Hub, Publish, Read, Send, Shard, Watcher, error_message, status_message
 from server.keys import Keys
 from server.pages import entries_of
 from server.scores import Scores
@@ -209,6 +209,7 @@ class Live:
         for watcher in self._hub.overdue(int(_now_ms())):
             watcher.connection.end(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
             watcher.connection.drop()
+        self._sweeping = self._loop.create_task(self._sweep())
         oldest_ms = self._scores.outbox_oldest_ms
         stale = oldest_ms is not None and time.time() * 1000 - oldest_ms > STALE_OUTBOX_MS
         is_live = self._feed.connected and self._scores.epoch is not None and not stale
@@ -290,7 +291,7 @@ class Live:
 
     def _carry_out(self, step: Publish | Send) -> None:
         if isinstance(step, Publish):
-            self._drop_lagging(step)
+            self._drop_lagging(step.shard)
             for message in step.messages:
                 self._publish_to_topic(step.shard.topic, message)
             return
@@ -313,12 +314,18 @@ class Live:
             watcher.told_live = self.is_live
             watcher.connection.send(status_message(self.is_live))
 
-    def _drop_lagging(self, step: Publish) -> None:
+    def _drop_lagging(self, shard: Shard) -> None:
         """Look before publishing: uWebSockets drops what is too much without a word."""
         high_water_bytes = self._settings.live_high_water_bytes
-        slow = [each for each in step.shard.watchers if each.connection.buffered_bytes > high_water_bytes]
+        slow = [each for each in shard.watchers if each.connection.buffered_bytes > high_water_bytes]
         for watcher in slow:
             self._lag(watcher)
+
+    async def _sweep(self) -> None:
+        """Look at those too whom nothing was published to since they stopped reading."""
+        for shard in list(self._hub.shards):
+            self._drop_lagging(shard)
+            await asyncio.sleep(0)
 
     def _lag(self, watcher: Watcher) -> None:
         shard = self._hub.lag(watcher, int(_now_ms()))
