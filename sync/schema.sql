@@ -102,14 +102,16 @@ BEGIN
     END IF;
 
     -- 2c. roll-ups: one body, three renderings.
-    -- start_offset (of the hourly one, 14/15 of the time that events are kept): just inside the source's retention. Shorter, and rows older than it vanish
-    -- from the view at the first refresh; longer (or NULL), and a replay of events already
-    -- dropped from the source would recompute old buckets from the replayed part alone.
+    -- start_offset (of the hourly one, 14/15 of the time that events are kept): just inside the source's retention.
+    -- Shorter, and rows older than it vanish from the view at the first refresh; longer (or NULL), and buckets whose
+    -- events were dropped are computed again, from nothing or from what a replay brought back: dropping a chunk marks
+    -- its time as changed. So a window may shrink but never grows, which a larger scoreboard.history_days would make
+    -- it do. Where nothing is dropped it has no end.
     FOR v IN SELECT * FROM (VALUES
         ('score_hourly', 'score_events', 'at',     INTERVAL '1 hour', 'sum(delta)::bigint', 'count(*)',
-         'max(ARRAY[ver_ms, ver_seq, score])', (CASE days WHEN 0 THEN 30 ELSE days END) * INTERVAL '22.4 hours',  INTERVAL '1 hour', INTERVAL '15 minutes', INTERVAL '180 days'),
+         'max(ARRAY[ver_ms, ver_seq, score])', nullif(days, 0) * INTERVAL '22.4 hours',  INTERVAL '1 hour', INTERVAL '15 minutes', CASE WHEN days > 0 THEN INTERVAL '180 days' END),
         ('score_daily',  'score_hourly', 'bucket', INTERVAL '1 day',  'sum(delta)::bigint', 'sum(events)::bigint',
-         'max(last_ver)',                      INTERVAL '175 days', INTERVAL '1 day',  INTERVAL '1 hour',     NULL)
+         'max(last_ver)',                      CASE WHEN days > 0 THEN INTERVAL '175 days' END, INTERVAL '1 day',  INTERVAL '1 hour',     NULL)
       ) AS t(name, src, ts, width, s, n, lst, start_off, end_off, every, keep)
     LOOP
         -- last_ver = {ms, seq, score} of the newest event. last(score, at) is wrong when two
@@ -129,6 +131,10 @@ BEGIN
                                'timescaledb.materialized_only = false) AS %s WITH NO DATA', v.name, body);
             END IF;
             IF is_new THEN
+                v.start_off := LEAST(v.start_off, (
+                    SELECT (config->>'start_offset')::interval FROM timescaledb_information.jobs
+                    WHERE hypertable_schema = current_schema() AND hypertable_name = v.name
+                      AND proc_name = 'policy_refresh_continuous_aggregate'));
                 PERFORM remove_continuous_aggregate_policy(v.name::regclass, if_exists => true);
             END IF;
             PERFORM add_continuous_aggregate_policy(v.name::regclass, start_offset => v.start_off,

@@ -62,6 +62,7 @@ def migrated(kafka_broker: KafkaBroker, kafka_topic: str, database_url: str, *, 
         kafka_topic=kafka_topic,
         kafka_partitions=partitions,
         database_url=database_url,
+        history_days=0,  # events of tests are of 1970
     )
     ensure_topics(settings)
     migrate(database_url)
