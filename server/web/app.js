@@ -1,118 +1,153 @@
-// The live board: one WebSocket in, one table out. Player ids come from strangers: they only ever become textContent.
-"use strict";
+// The live page: what the address asks for, what the server says, and who gets to hear of it.
+//
+// Messages only change what is known; the page is drawn once per frame, however many came.
+
+import { Announcer } from "./announcer.js";
+import { Chart } from "./chart.js";
+import { Connection } from "./connection.js";
+import { Pins } from "./pins.js";
+import { Ranking } from "./board.js";
+import { chooseTheme } from "./theme.js";
 
 const LIMITS = ["10", "25", "50", "100"];
-const FIRST_DELAY_MS = 500;
-const LONGEST_DELAY_MS = 15_000;
-const STEADY_AFTER_MS = 5_000; // a connection that lived this long resets the delay
-const POLICY_VIOLATION = 1008; // the server does not want us back
+const LATE_MS = 1000; // a message that waited this long for its frame was shown late
+const TELL_LATE_MS = 5000;
 
-const board = document.getElementById("board");
-const empty = document.getElementById("empty");
-const state = document.getElementById("state");
-const limitChooser = document.getElementById("limit");
-
-const address = new URLSearchParams(location.search);
-const rows = new Map(); // playerId → its row, for those on the board
+const element = (id) => document.getElementById(id);
 const numbers = new Intl.NumberFormat();
 
-let socket = null;
-let timer = null;
-let delayMs = FIRST_DELAY_MS;
+const boards = document.querySelector('meta[name="boards"]').content.split(",").filter(Boolean);
+const address = new URLSearchParams(location.search);
+const wish = {
+  board: boards.includes(address.get("board")) ? address.get("board") : boards.includes("main") ? "main" : boards[0],
+  limit: LIMITS.includes(address.get("limit")) ? address.get("limit") : "10",
+};
 
-function show(word, text = word) {
-  state.textContent = text;
-  state.dataset.state = document.body.dataset.state = word;
-}
+const announcer = new Announcer(element("announcer"));
+const ranking = new Ranking(element("ranking"), element("empty"), (player) => pins.toggle(player));
+const pins = new Pins(element("pins"), {
+  added: (player) => connection.follow([player]),
+  removed: (player) => connection.unfollow([player]),
+  changed: () => draw(),
+});
+const rate = new Chart(element("rate"), (value) => numbers.format(value));
+const delay = new Chart(element("delay"), (value) => `${numbers.format(value)} ms`);
 
-function connect() {
-  clearTimeout(timer);
-  const query = new URLSearchParams({ limit: limitChooser.value, scores: "none" });
-  if (address.has("board")) query.set("board", address.get("board"));
-  const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-  const current = new WebSocket(`${scheme}//${location.host}/live-updates?${query}`);
-  let openedAt = null;
-  let isLive = true;
-  let isFirstList = true;
-  socket = current;
+let top = []; // the list as last sent
+let isNew = true; // nothing was shown of this board yet, so nothing changed either
+let updates = 0; // since the last second began
+let slowest = null; // delay of the slowest list since then, in ms
+let dueSince = null; // when the frame to come was asked for
+let lateUntil = 0;
 
-  current.onopen = () => {
-    openedAt = performance.now();
-  };
-  current.onmessage = ({ data }) => {
-    if (current !== socket) return;
-    const message = JSON.parse(data);
-    if (message.type === "status") isLive = message.live;
-    if (message.type === "leaderboardUpdate") {
-      render(message.topScores, !isFirstList);
-      isFirstList = false;
-    }
-    if (!isFirstList) show(isLive ? "live" : "stale");
-  };
-  current.onclose = ({ code, reason }) => {
-    if (current !== socket) return;
-    if (code === POLICY_VIOLATION) {
-      show("closed", `closed: ${reason}`);
-      return;
-    }
-    if (openedAt !== null && performance.now() - openedAt > STEADY_AFTER_MS) delayMs = FIRST_DELAY_MS;
-    show("reconnecting");
-    // Spread out, so that a server that restarts is not met by all its watchers at once.
-    timer = setTimeout(connect, delayMs * (0.5 + Math.random()));
-    delayMs = Math.min(2 * delayMs, LONGEST_DELAY_MS);
-  };
-}
+const connection = new Connection({
+  path: () => {
+    const query = new URLSearchParams({ ...(wish.board && { board: wish.board }), limit: wish.limit });
+    if (pins.players.length) query.set("players", pins.players.join(","));
+    return `/live-updates?${query}`;
+  },
+  state: show,
+  message: {
+    leaderboardUpdate({ topScores, delayMs, resync }) {
+      top = topScores;
+      if (delayMs !== undefined) slowest = Math.max(slowest ?? 0, delayMs);
+      if (resync) tellLate();
+      draw();
+    },
+    scoreUpdate({ playerId, newScore }) {
+      updates += 1;
+      if (pins.learn(playerId, newScore)) draw();
+    },
+    scoreUpdatesSkipped({ count }) {
+      updates += count;
+    },
+  },
+});
 
-function render(scores, highlight) {
-  const gone = new Set(rows.keys());
-  scores.forEach(({ playerId, score }, index) => {
-    gone.delete(playerId);
-    let row = rows.get(playerId);
-    if (!row) rows.set(playerId, (row = newRow(playerId)));
-    const before = row.score;
-    row.rank.textContent = index + 1;
-    row.total.textContent = numbers.format(score);
-    row.score = score;
-    // Moving a row in the document restarts its animation: only those that changed place are moved.
-    if (board.children[index] !== row.element) board.insertBefore(row.element, board.children[index] ?? null);
-    if (highlight && score !== before) flash(row.element, before === null || score > before ? "up" : "down");
+function draw() {
+  if (dueSince !== null) return;
+  dueSince = performance.now();
+  requestAnimationFrame((now) => {
+    if (now - dueSince > LATE_MS && !document.hidden) tellLate();
+    dueSince = null;
+    if (!isNew) announceLeader(ranking.leader, top[0]);
+    ranking.show(top, pins.players, !isNew && !document.hidden);
+    pins.show(top, (text) => announcer.say(text));
+    isNew = false;
   });
-  for (const playerId of gone) {
-    rows.get(playerId).element.remove();
-    rows.delete(playerId);
+}
+
+function announceLeader(before, leader) {
+  if (before && leader && before !== leader.playerId) {
+    announcer.say(`${leader.playerId} leads with ${numbers.format(leader.score)}`);
   }
-  empty.hidden = scores.length > 0;
 }
 
-function newRow(playerId) {
-  const element = document.createElement("tr");
-  const [rank, player, total] = ["rank", "player", "score"].map((name) => {
-    const cell = document.createElement("td");
-    cell.className = name;
-    element.append(cell);
-    return cell;
-  });
-  player.textContent = playerId;
-  player.dir = "auto"; // a name written from right to left keeps to its own cell
-  return { element, rank, total, score: null };
+function tellLate() {
+  lateUntil = performance.now() + TELL_LATE_MS;
+  connection.tell();
 }
 
-function flash(element, name) {
-  element.classList.remove("up", "down");
-  void element.offsetWidth; // lets the animation begin again
-  element.classList.add(name);
+function show(state, detail = "") {
+  const shown = state === "live" && performance.now() < lateUntil ? "lagging" : state;
+  const word = WORDS[shown];
+  document.body.dataset.state = shown;
+  // Whoever listens hears a change of the state, but no countdown.
+  if (element("state-word").textContent !== word) element("state-word").textContent = word;
+  element("state-detail").textContent = detail;
 }
 
-limitChooser.value = LIMITS.includes(address.get("limit")) ? address.get("limit") : "10";
-limitChooser.addEventListener("change", () => {
-  address.set("limit", limitChooser.value);
+const WORDS = {
+  connecting: "Connecting",
+  live: "Live",
+  delayed: "Delayed",
+  lagging: "Lagging",
+  reconnecting: "Reconnecting",
+  closed: "Closed",
+};
+
+function choose(name, value) {
+  wish[name] = value;
+  address.set(name, value);
   history.replaceState(null, "", `?${address}`);
-  delayMs = FIRST_DELAY_MS;
-  socket.close();
-  connect();
+  isNew = true;
+  pins.forBoard(wish.board);
+  connection.restart();
+}
+
+element("limit").value = wish.limit;
+element("limit").addEventListener("change", ({ target }) => choose("limit", target.value));
+element("board-chooser").hidden = boards.length < 2;
+element("board-name").append(...boards.map((name) => new Option(name)));
+element("board-name").value = wish.board;
+element("board-name").addEventListener("change", ({ target }) => choose("board", target.value));
+
+element("name").addEventListener("input", ({ target }) => find(target.value));
+element("find").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const player = element("name").value;
+  if (!player) return;
+  const refusal = pins.add(player);
+  element("found").textContent = refusal ?? `${player} is pinned`;
+  if (refusal) return;
+  element("name").value = "";
+  ranking.find("");
 });
-// A laptop that wakes up, or a network that comes back, need not wait for the delay to pass.
-window.addEventListener("online", () => {
-  if (socket.readyState === WebSocket.CLOSED) connect();
-});
-connect();
+
+function find(text) {
+  const found = ranking.find(text);
+  element("found").textContent = text ? `${found} in this list. Enter pins exactly this name.` : "";
+}
+
+setInterval(() => {
+  const isConnected = ["live", "lagging", "delayed"].includes(document.body.dataset.state);
+  rate.add(isConnected ? updates : null);
+  delay.add(isConnected ? slowest : null);
+  updates = 0;
+  slowest = null;
+  connection.tell();
+}, 1000);
+
+chooseTheme(element("theme"));
+pins.forBoard(wish.board);
+connection.start();

@@ -1,0 +1,100 @@
+// One WebSocket at a time, made again when it ends. Knows the protocol's closings, and nothing of what is shown.
+
+const FIRST_DELAY_MS = 500;
+const LONGEST_DELAY_MS = 15_000;
+const STEADY_AFTER_MS = 5_000; // a connection that lived this long resets the delay
+const POLICY_VIOLATION = 1008; // the server does not want us back
+
+export class Connection {
+  // `path()` is asked at each start; `message` has a function per type; `state(name, detail)` is told what is the case.
+  constructor({ path, state, message }) {
+    this.path = path;
+    this.onState = state;
+    this.onMessage = message;
+    this.socket = null;
+    this.delayMs = FIRST_DELAY_MS;
+    this.isLive = true;
+    this.hasList = false;
+    this.retryAt = null;
+    this.closedFor = null;
+    // A laptop that wakes up, or a network that comes back, need not wait for the delay to pass.
+    addEventListener("online", () => this.retryAt !== null && this.start());
+  }
+
+  start() {
+    clearTimeout(this.timer);
+    this.retryAt = null;
+    this.closedFor = null;
+    const scheme = location.protocol === "https:" ? "wss:" : "ws:";
+    const socket = new WebSocket(`${scheme}//${location.host}${this.path()}`);
+    let openedAt = null;
+    this.socket = socket;
+    this.isLive = true;
+    this.hasList = false;
+    socket.onopen = () => {
+      openedAt = performance.now();
+    };
+    socket.onmessage = ({ data }) => {
+      if (socket === this.socket) this.receive(JSON.parse(data));
+    };
+    socket.onclose = ({ code, reason }) => {
+      if (socket !== this.socket) return;
+      if (code === POLICY_VIOLATION) {
+        this.closedFor = reason || "by the server";
+        this.tell();
+        return;
+      }
+      if (openedAt !== null && performance.now() - openedAt > STEADY_AFTER_MS) this.delayMs = FIRST_DELAY_MS;
+      this.retry(reason);
+    };
+    this.tell();
+  }
+
+  // Ask again with another path.
+  restart() {
+    const before = this.socket;
+    this.delayMs = FIRST_DELAY_MS;
+    this.start();
+    before?.close();
+  }
+
+  follow(players) {
+    this.send({ type: "subscribe", players });
+  }
+
+  unfollow(players) {
+    this.send({ type: "unsubscribe", players });
+  }
+
+  tell() {
+    if (this.closedFor !== null) this.onState("closed", this.closedFor);
+    else if (this.retryAt !== null) {
+      const left = Math.ceil((this.retryAt - performance.now()) / 1000);
+      this.onState("reconnecting", left > 0 ? `in ${left} s` : "");
+    } else if (!this.hasList) this.onState("connecting");
+    else this.onState(this.isLive ? "live" : "delayed");
+  }
+
+  receive(message) {
+    if (message.type === "status") this.isLive = message.live;
+    if (message.type === "leaderboardUpdate") this.hasList = true;
+    if (message.type === "error") console.info(`the server refused a message: ${message.detail}`);
+    this.onMessage[message.type]?.(message);
+    if (message.type === "status" || message.type === "leaderboardUpdate") this.tell();
+  }
+
+  send(message) {
+    // While it is not open the names go with the next path.
+    if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
+  }
+
+  retry(reason) {
+    // Spread out, so that a server that restarts is not met by all its watchers at once; it may say over how long.
+    const hintMs = 1000 * (reason.match(/within (\d+) s/)?.[1] ?? 0);
+    const waitMs = Math.random() * Math.max(this.delayMs, hintMs);
+    this.delayMs = Math.min(2 * this.delayMs, LONGEST_DELAY_MS);
+    this.retryAt = performance.now() + waitMs;
+    this.timer = setTimeout(() => this.start(), waitMs);
+    this.tell();
+  }
+}
