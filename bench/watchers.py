@@ -42,20 +42,39 @@ KIND_AT: Final = len(b'{"type":"')
 """Where in a message the first letter of its type stands."""
 
 
-class Board(msgspec.Struct, tag="leaderboardUpdate", tag_field="type", rename="camel"):
-    """What a delay is measured by: of each player shown, the score."""
+class Row(msgspec.Struct, rename="camel"):
+    """A player of a list."""
 
-    top_scores: list[dict[str, Any]]
+    player_id: str
+    score: int
+
+
+class Board(msgspec.Struct, tag="leaderboardUpdate", tag_field="type", rename="camel"):
+    """What a delay is measured by with scores=none."""
+
+    top_scores: list[Row]
 
 
 class Score(msgspec.Struct, tag="scoreUpdate", tag_field="type", rename="camel"):
-    """The same, of one player."""
+    """The same with scores=all."""
 
     player_id: str
     new_score: int
 
 
-_decode_board, _decode_score = msgspec.json.Decoder(Board).decode, msgspec.json.Decoder(Score).decode
+class Skipped(msgspec.Struct, tag="scoreUpdatesSkipped", tag_field="type"):
+    """So many changes were left out of the flood."""
+
+    count: int
+
+
+class Status(msgspec.Struct, tag="status", tag_field="type"):
+    """Whether changes arrive."""
+
+    live: bool
+
+
+_decode = msgspec.json.Decoder(Board | Score | Skipped | Status).decode
 
 
 def frames(data: bytes) -> Iterator[tuple[int, int, int]]:
@@ -92,19 +111,21 @@ class Chunk:
                 self.boards += 1
         self.data = data
 
-    def scores(self, kind: str) -> list[tuple[str, int]]:
-        """(player, score) of all messages that count, in their order."""
+    def told(self, kind: str) -> tuple[list[tuple[str, int]], int]:
+        """(player, score) of all messages that count, in their order, and how many changes were skipped."""
         found: list[tuple[str, int]] = []
+        skipped = 0
         for opcode, start, end in frames(self.data):
-            message = self.data[start:end]
             if opcode != TEXT:
                 continue
-            if kind == "none" and message[KIND_AT:].startswith(b"leaderboardUpdate"):
-                found += [(row["playerId"], row["score"]) for row in _decode_board(message).top_scores]
-            elif kind == "all" and message[KIND_AT:].startswith(b'scoreUpdate"'):
-                update = _decode_score(message)
-                found.append((update.player_id, update.new_score))
-        return found
+            message = _decode(self.data[start:end])
+            if isinstance(message, Board) and kind == "none":
+                found += [(row.player_id, row.score) for row in message.top_scores]
+            elif isinstance(message, Score):
+                found.append((message.player_id, message.new_score))
+            elif isinstance(message, Skipped):
+                skipped += message.count
+        return found, skipped
 
 
 class Crowd:
@@ -175,9 +196,9 @@ class Crowd:
         }
 
     def save(self, path: str) -> dict[str, Any]:
-        """Write what the sample saw: the distinct chunks as (player, score), and for each watcher (ns, chunk)."""
+        """Write what the sample saw: what each distinct chunk told, and for each watcher (ns, chunk)."""
         numbers: dict[int, int] = {}
-        chunks: list[list[tuple[str, int]]] = []
+        chunks: list[tuple[list[tuple[str, int]], int]] = []
         arrivals = []
         for watcher in self.watchers:
             if not watcher.sampled:
@@ -187,7 +208,7 @@ class Crowd:
                 number = numbers.get(id(chunk))
                 if number is None:
                     number = numbers[id(chunk)] = len(chunks)
-                    chunks.append(chunk.scores(self._kind))
+                    chunks.append(chunk.told(self._kind))
                 seen.append((at_ns, number))
             arrivals.append(seen)
         Path(path).write_bytes(msgspec.msgpack.encode((chunks, arrivals)))
