@@ -53,10 +53,6 @@ class Wire:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def fileno(self) -> int:
-        """The descriptor, for `select`."""
-        return self._socket.fileno()
-
     def close(self) -> None:
         """Hang up."""
         self._socket.close()
