@@ -166,10 +166,10 @@ def run_beside_stuck(stack: Stack, load: Load, stuck: int, seconds: float) -> Fi
     try:
         figures = load.measure(seconds, clients.look)
         clients.look()
+        figures |= {"before": before, **clients.figures()}
+        figures["errors"] = before["errors"] + figures["errors"] + clients.errors()
     finally:
         clients.hang_up()
-    figures |= {"before": before, **clients.figures()}
-    figures["errors"] = before["errors"] + figures["errors"] + clients.errors()
     return figures
 
 

@@ -7,7 +7,6 @@ of a real client are in another machine's memory.
 from __future__ import annotations
 
 import re
-import select
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from tests.wire import Wire
 QUERY = "limit=100&scores=all"
 RECEIVE_BUFFER_BYTES = 4096
 PAGE_BYTES = 4096
+CLOSE = 8
+CONNECTIONS, LAGGING = "scoreboard_live_connections", "scoreboard_live_lagging"
 GROWTH_LIMIT_BYTES = 100_000_000
 
 
@@ -30,16 +31,13 @@ class StuckClients:
         self._start_bytes = (resident_bytes(server.pid), kernel_bytes())
         self._most_bytes = self._start_bytes
         self._lagging = 0
-        self._poll = select.poll()
-        self._wires: dict[int, Wire] = {}
+        self._others = int(metric(server, CONNECTIONS))
+        self._connected = count
+        self._wires: list[Wire] = []
         for _ in range(count):
-            wire = Wire(server.port, RECEIVE_BUFFER_BYTES)
-            answer = wire.upgrade(f"/live-updates?{QUERY}")
+            self._wires.append(Wire(server.port, RECEIVE_BUFFER_BYTES))
+            answer = self._wires[-1].upgrade(f"/live-updates?{QUERY}")
             assert answer.status == 101, answer.body
-            # Not POLLIN: there is always something to read.
-            self._poll.register(wire.fileno(), select.POLLRDHUP)
-            self._wires[wire.fileno()] = wire
-        self._closed: set[int] = set()
 
     def look(self) -> None:
         """See what is so at the moment."""
@@ -47,24 +45,28 @@ class StuckClients:
             max(self._most_bytes[0], resident_bytes(self._server.pid)),
             max(self._most_bytes[1], kernel_bytes()),
         )
-        self._lagging = max(self._lagging, int(metric(self._server, "scoreboard_live_lagging")))
-        for descriptor, _ in self._poll.poll(0):
-            self._poll.unregister(descriptor)
-            self._closed.add(descriptor)
+        self._lagging = max(self._lagging, int(metric(self._server, LAGGING)))
+        # Asked of the server: a client that reads nothing cannot see the end, which comes behind what it did not read.
+        self._connected = max(0, int(metric(self._server, CONNECTIONS)) - self._others)
 
     @property
     def all_closed(self) -> bool:
-        """Whether the server has closed all of them."""
-        return len(self._closed) == len(self._wires)
+        """Whether the server has given all of them up."""
+        return self._connected == 0
+
+    def close_codes(self) -> set[int | None]:
+        """Read everything at last: the codes they were closed with; None is one that was cut."""
+        return set(map(_read_to_the_end, self._wires))
 
     def figures(self) -> dict[str, Any]:
         """The most that was seen at once, and how far memory rose above the start."""
         return {
             "stuck": len(self._wires),
             "stuck_lagging": self._lagging,
-            "stuck_closed": len(self._closed),
+            "stuck_closed": len(self._wires) - self._connected,
             "server_growth_mb": round((self._most_bytes[0] - self._start_bytes[0]) / 1e6, 1),
             "kernel_growth_mb": round((self._most_bytes[1] - self._start_bytes[1]) / 1e6, 1),
+            "kernel_growth_at_end_mb": round((kernel_bytes() - self._start_bytes[1]) / 1e6, 1),
         }
 
     def errors(self) -> list[str]:
@@ -84,8 +86,18 @@ class StuckClients:
 
     def hang_up(self) -> None:
         """Close what is left."""
-        for wire in self._wires.values():
+        for wire in self._wires:
             wire.close()
+
+
+def _read_to_the_end(wire: Wire) -> int | None:
+    try:
+        while True:
+            opcode, payload = wire.frame()
+            if opcode == CLOSE:
+                return int.from_bytes(payload[:2], "big")
+    except (EOFError, ConnectionError):
+        return None
 
 
 def metric(server: ServerProcess, name: str) -> float:
