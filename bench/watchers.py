@@ -246,7 +246,8 @@ class Watcher(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio: frames, the last one perhaps not whole."""
-        if not self._served and not self._begin(data):
+        if not self._served:
+            self._begin(data)
             return
         crowd = self._crowd
         if self._rest:
@@ -268,18 +269,18 @@ class Watcher(asyncio.Protocol):
         if self.sampled and crowd.recording:
             self.arrivals.append((time.monotonic_ns(), chunk))
 
-    def _begin(self, data: bytes) -> bool:
-        """The answer to the handshake, and the first list; whether `data` is still to be counted: never."""
+    def _begin(self, data: bytes) -> None:
+        """The answer to the handshake, then the first list; what comes with that is not counted."""
         self._rest += data
         if not self.upgraded.done():
-            head, end, self._rest = self._rest.partition(b"\r\n\r\n")
+            head, end, rest = self._rest.partition(b"\r\n\r\n")
             if not end:
-                self._rest = head
-                return False
+                return
             if not head.startswith(b"HTTP/1.1 101 ") or ACCEPT not in head:
                 self.upgraded.set_exception(ConnectionError(head.decode("latin-1")))
                 self._abort()
-                return False
+                return
+            self._rest = rest
             self._crowd.open += 1
             self.upgraded.set_result(None)
         chunk = Chunk(self._rest)
@@ -288,7 +289,6 @@ class Watcher(asyncio.Protocol):
             self._served = True
             self._crowd.served += 1
             self._crowd.all_served.set()
-        return False
 
     def _control(self, opcode: int, payload: bytes) -> None:
         if opcode == PING and self._transport is not None:
