@@ -2,10 +2,12 @@
 # make test   the tests: PYTEST_ARGS='-k redis'
 # make check  formatter, linter, types, tests
 # make bench  the benchmarks: BENCH_ARGS
+# make bench-live  the live board with many watchers: CLIENTS=1000 RATE=2000 SECONDS=20 SCORES=all STUCK=500. Its last
+#             line is one JSON object; without CLIENTS it prints a table and the last line is a list of such objects
 # make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses|outages
 # Each sets up .venv first, where needed.
 
-.PHONY: run test check bench chaos setup
+.PHONY: run test check bench bench-live chaos setup
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
@@ -22,6 +24,10 @@ check: setup
 bench:
 	@scripts/setup.sh embedded,test,bench
 	.venv/bin/python -m bench $(BENCH_ARGS)
+
+bench-live: setup
+	@.venv/bin/python -m bench.live $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(RATE),--rate $(RATE)) \
+	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SCORES),--scores $(SCORES)) $(if $(STUCK),--stuck $(STUCK))
 
 chaos: setup
 	@.venv/bin/python -m chaos $(CHAOS_ARGS)

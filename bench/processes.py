@@ -7,16 +7,32 @@ import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
-
-from server.supervisor import Child
+from typing import Protocol
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
+class Process(Protocol):
+    """Anything that runs."""
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+
+
 def resident_bytes(pid: int) -> int:
     """Memory of the process that is in RAM."""
+    return _status_bytes(pid, "VmRSS:")
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """The most of its memory that ever was in RAM."""
+    return _status_bytes(pid, "VmHWM:")
+
+
+def _status_bytes(pid: int, field: str) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
     return 0
 
@@ -24,8 +40,8 @@ def resident_bytes(pid: int) -> int:
 class Meter:
     """CPU time used from here on: by some processes with their children, and by everybody else on the machine."""
 
-    def __init__(self, children: Mapping[str, Child]) -> None:
-        self._pids = {name: child.pid for name, child in children.items()}
+    def __init__(self, processes: Mapping[str, Process]) -> None:
+        self._pids = {name: process.pid for name, process in processes.items()}
         self._start_us = self._now_us()
         self._machine_start_us, self._started_s = _machine_us(), time.monotonic()
 

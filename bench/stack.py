@@ -70,6 +70,15 @@ class Stack:
         for service in (self.relay, self.persister, self.server):
             stack.callback(service.stop)
             service.start()
+        self._wait_until_ready()
+
+    def restart_server(self) -> None:
+        """A fresh server on the same data."""
+        self.server.stop()
+        self.server.start()
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
         wait_until(lambda: self.server.status_of("/readyz") == 200, 30, "the server is not ready")
 
     def outbox_entries(self) -> int:

@@ -1,7 +1,7 @@
 """Demo players: a small tournament, played over HTTP like any other game client does.
 
-`Tournament` is pure and decides who scores; `DemoPlayers` posts it from a thread of its own. Knows nothing of how
-the server works.
+`Tournament` is pure and decides who scores, how much and when; `DemoPlayers` posts it from a thread of its own. Knows
+nothing of how the server works.
 """
 
 from __future__ import annotations
@@ -11,57 +11,114 @@ import json
 import logging
 import random
 import threading
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, NamedTuple
 
 PLAYERS: Final = (
     "Nova", "Kestrel", "Zephyr", "Onyx", "Juniper", "Rook", "Vesper", "Halcyon", "Bishop", "Lyra", "Magpie", "Quill",
 )  # fmt: skip
-UPDATES_PER_SECOND: Final = 20
-ROUND_UPDATES: Final = 300
-"""Updates in a round; each deals the form of the day anew."""
+
+MATCH_S: Final = 150.0
+FINALE_S: Final = 30.0
+"""The end of a match: the first FINALISTS fight for the title, and points count double."""
+
+FINALISTS: Final = 4
+CEREMONY_S: Final = 8.0
+"""How long the result stands before the next match begins at zero."""
+
+STROKE_S: Final = 0.1
+"""Between two points of a duel, on average."""
+
+BREATH_S: Final = 0.7
+"""Between two duels, on average."""
+
+MOMENTUM: Final = (0.6, 1.0, 1.6)
+"""Least, at first and most: who wins a duel gets bolder, who loses one more timid."""
 
 _log = logging.getLogger(__name__)
 
 
+class Move(NamedTuple):
+    """`after_s` behind the last move, `player` scores `delta`."""
+
+    after_s: float
+    player: str
+    delta: int
+
+
 class Tournament:
-    """Who scores next, and how much: form changes from round to round, and who is on a run stays on it a while."""
+    """Matches without end: duels for a place, with form and momentum, a finale for the title, and back to zero.
+
+    Whoever carries out a move says in `scores` what came of it.
+    """
 
     def __init__(self, players: tuple[str, ...], rng: random.Random) -> None:
+        self.scores = dict.fromkeys(players, 0)
         self._players = players
         self._random = rng
-        self._totals = dict.fromkeys(players, 0)
-        self._form: list[float] = []
-        self._run = 0
-        self._updates = 0
+        self._moves = self._play()
 
-    def next(self) -> tuple[str, int]:
-        """(player, delta) of the next change."""
-        if self._updates % ROUND_UPDATES == 0:
-            self._form = [self._random.uniform(0.5, 2.0) for _ in self._players]
-        self._updates += 1
-        if self._run == 0:
-            self._scorer = self._random.choices(self._players, self._chances())[0]
-            self._run = self._random.choice((1, 1, 1, 2, 3))
-        self._run -= 1
-        delta = self._delta()
-        self._totals[self._scorer] += delta
-        return self._scorer, delta
+    def next(self) -> Move:
+        """The next move."""
+        return next(self._moves)
 
-    def _chances(self) -> list[float]:
-        # Who is behind attacks more, so that the field stays close and places change hands.
-        best = max(self._totals.values()) or 1
-        return [
-            form * (1.5 - self._totals[player] / best) for player, form in zip(self._players, self._form, strict=True)
-        ]
+    def _play(self) -> Iterator[Move]:
+        for player in self._players:
+            yield Move(STROKE_S, player, 0)  # shows what is left of an earlier start
+        while True:
+            for player in reversed(self._ranking()):  # the champion last
+                if self.scores[player]:
+                    yield Move(STROKE_S, player, -self.scores[player])
+            yield from self._match()
+            yield Move(CEREMONY_S, self._ranking()[0], 0)
 
-    def _delta(self) -> int:
-        draw = self._random.random()
-        if draw < 0.04 and self._totals[self._scorer] >= 10:
+    def _match(self) -> Iterator[Move]:
+        self._form = {player: self._random.uniform(0.8, 1.25) for player in self._players}
+        self._momentum = dict.fromkeys(self._players, MOMENTUM[1])
+        played_s = 0.0
+        while played_s < MATCH_S:
+            is_finale = played_s >= MATCH_S - FINALE_S
+            for move in self._duel(*self._opponents(is_finale), 2 if is_finale else 1):
+                played_s += move.after_s
+                yield move
+
+    def _opponents(self, is_finale: bool) -> tuple[str, str]:
+        """Somebody who attacks, and somebody one to three places ahead."""
+        ranking = self._ranking()
+        if is_finale:
+            ranking = ranking[:FINALISTS]
+        place = self._random.randrange(1, len(ranking))
+        return ranking[place], ranking[max(0, place - self._random.choice((1, 1, 2, 3)))]
+
+    def _duel(self, attacker: str, defender: str, worth: int) -> Iterator[Move]:
+        pair, won = (attacker, defender), {attacker: 0, defender: 0}
+        breath_s = self._random.expovariate(1 / BREATH_S)
+        for _ in range(self._random.randint(4, 10)):
+            [player] = self._random.choices(pair, [self._boldness(each, worth) for each in pair])
+            if self._random.random() < 0.3:  # the others do not stand still meanwhile
+                player = self._random.choice(self._players)
+            delta = self._delta(player) * worth
+            if player in won:
+                won[player] += delta
+            yield Move(breath_s + self._random.expovariate(1 / STROKE_S), player, delta)
+            breath_s = 0.0
+        winner, loser = sorted(pair, key=lambda each: won[each], reverse=True)
+        least, _, most = MOMENTUM
+        self._momentum[winner] = min(most, self._momentum[winner] * 1.25)
+        self._momentum[loser] = max(least, self._momentum[loser] * 0.8)
+
+    def _boldness(self, player: str, worth: int) -> float:
+        # Who is behind has nothing to lose; so nobody runs away.
+        behind = max(self.scores.values()) - self.scores[player]
+        return self._form[player] * self._momentum[player] * (1 + behind / (300 * worth))
+
+    def _delta(self, player: str) -> int:
+        if self._random.random() < 0.03 and self.scores[player] >= 20:
             return -10  # a foul
-        if draw > 0.97:
-            return 50
-        return self._random.choice((5, 5, 10, 10, 15, 20, 25))
+        return self._random.choice((5, 5, 10, 10, 15, 25))
+
+    def _ranking(self) -> list[str]:
+        return sorted(self._players, key=lambda player: (self.scores[player], player), reverse=True)
 
 
 class DemoPlayers:
@@ -100,13 +157,17 @@ class DemoPlayers:
                 connection.close()
 
     def _play_over(self, connection: http.client.HTTPConnection) -> None:
-        while not self._stopping.wait(random.expovariate(UPDATES_PER_SECOND)):
-            player, delta = self._tournament.next()
-            body = json.dumps({"playerId": player, "scoreDelta": delta})
-            headers = {"Authorization": f"Bearer {self._tokens[player]}", "Content-Type": "application/json"}
+        while True:
+            move = self._tournament.next()
+            if self._stopping.wait(move.after_s):
+                return
+            body = json.dumps({"playerId": move.player, "scoreDelta": move.delta})
+            headers = {"Authorization": f"Bearer {self._tokens[move.player]}", "Content-Type": "application/json"}
             connection.request("POST", "/update-score", body, headers)
             answer = connection.getresponse()
-            detail = answer.read()
-            if answer.status not in (200, 429, 503):
-                _log.warning("demo players: %s was answered %d: %s", player, answer.status, detail.decode())
+            said = answer.read()
+            if answer.status == 200:
+                self._tournament.scores[move.player] = json.loads(said)["newScore"]
+            elif answer.status not in (429, 503):
+                _log.warning("demo players: %s was answered %d: %s", move.player, answer.status, said.decode())
                 self._stopping.wait(5)

@@ -57,6 +57,10 @@ class Wire:
         """Hang up."""
         self._socket.close()
 
+    def shut_down(self) -> None:
+        """End both directions, for a thread that waits for something to read."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+
     def reset(self) -> None:
         """Hang up rudely: the other side gets a RST."""
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
