@@ -6,18 +6,16 @@ An update takes this way: `update_score` → its body is complete → `_submit` 
 from __future__ import annotations
 
 import asyncio
-import mimetypes
 import re
 import time
 import urllib.parse
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import psycopg
 
-from server import metrics
+from server import metrics, web_files
 from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
 from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.config import Settings
@@ -29,6 +27,7 @@ from server.live import Live
 from server.pages import page_json
 from server.scores import Scores
 from server.uws import Handler, Request, Server
+from server.web_files import WebFile
 
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_PLAYER: Final = 128
@@ -36,7 +35,6 @@ MAX_IDEMPOTENCY_KEY: Final = 128
 PREFLIGHT_S: Final = 7200
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
-_WEB: Final = Path(__file__).with_name("web")
 _OK: Final = b"200 OK"
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
 _UPDATED: Final = ("/update-score", 200)
@@ -92,8 +90,8 @@ class Routes:
         self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard})
         for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz), ("/metrics", self.show_metrics)):
             self._route(path, {"GET": handler, "HEAD": handler})
-        for path, file in self._files():
-            self._route(path, {"GET": file, "HEAD": file})
+        for file in web_files.load(self._settings.boards, self._default_board):
+            self._route(file.path, {"GET": self._file(file), "HEAD": self._file(file)})
         self._route("/live-updates", {}, upgrade=True)
         server.route("/*", {"*": self._with_cors(self.unknown)})
 
@@ -302,23 +300,13 @@ class Routes:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _files(self) -> list[tuple[str, Handler]]:
-        """The live page: every file of web/, and index.html at /."""
-        routes = []
-        for file in sorted(_WEB.iterdir()):
-            kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-            path = "/" if file.name == "index.html" else f"/{file.name}"
-            routes.append((path, self._file(file.read_bytes(), f"{kind}; charset=utf-8".encode())))
-        return routes
-
-    def _file(self, content: bytes, content_type: bytes) -> Handler:
-        head = (
-            b"200 OK\r\nCache-Control: no-cache\r\nX-Content-Type-Options: nosniff"
-            b"\r\nContent-Security-Policy: default-src 'self'; connect-src 'self' ws: wss:"
-        )
+    @staticmethod
+    def _file(file: WebFile) -> Handler:
+        """GET a file of the live page."""
 
         def send(request: Request) -> None:
-            request.answer(head, content, content_type)
+            head, body = file.answer(request.header(b"accept-encoding"), request.header(b"if-none-match"))
+            request.answer(head, body, file.content_type)
 
         return send
 

@@ -3,55 +3,61 @@
 // Messages only change what is known; the page is drawn once per frame, however many came.
 
 import { Announcer } from "./announcer.js";
+import { Ranking } from "./board.js";
 import { Chart } from "./chart.js";
 import { Connection } from "./connection.js";
 import { Pins } from "./pins.js";
-import { Ranking } from "./board.js";
-import { chooseTheme } from "./theme.js";
 
 const LIMITS = ["10", "25", "50", "100"];
-const LATE_MS = 1000; // a message that waited this long for its frame was shown late
-const TELL_LATE_MS = 5000;
+const SECOND_MS = 1000;
+const LATE_MS = 1000; // a second that took this much longer: messages waited, too
+const TELL_LAGGING_MS = 5000;
+const WORDS = {
+  connecting: "Connecting",
+  live: "Live",
+  delayed: "Delayed",
+  lagging: "Lagging",
+  reconnecting: "Reconnecting",
+  closed: "Closed",
+};
 
 const element = (id) => document.getElementById(id);
 const numbers = new Intl.NumberFormat();
 
-const boards = document.querySelector('meta[name="boards"]').content.split(",").filter(Boolean);
+const boards = document.querySelector('meta[name="boards"]').content.split(",");
 const address = new URLSearchParams(location.search);
 const wish = {
-  board: boards.includes(address.get("board")) ? address.get("board") : boards.includes("main") ? "main" : boards[0],
-  limit: LIMITS.includes(address.get("limit")) ? address.get("limit") : "10",
+  board: boards.includes(address.get("board")) ? address.get("board") : boards[0],
+  limit: LIMITS.includes(address.get("limit")) ? address.get("limit") : LIMITS[0],
 };
 
 const announcer = new Announcer(element("announcer"));
 const ranking = new Ranking(element("ranking"), element("empty"), (player) => pins.toggle(player));
-const pins = new Pins(element("pins"), {
+const pins = new Pins(element("pins"), element("no-pins"), {
   added: (player) => connection.follow([player]),
   removed: (player) => connection.unfollow([player]),
-  changed: () => draw(),
+  changed: draw,
 });
-const rate = new Chart(element("rate"), (value) => numbers.format(value));
+const rate = new Chart(element("rate"), (value) => numbers.format(Math.round(value)));
 const delay = new Chart(element("delay"), (value) => `${numbers.format(value)} ms`);
 
-let top = []; // the list as last sent
-let isNew = true; // nothing was shown of this board yet, so nothing changed either
+let top = null; // the list as last sent; null before the first one of this board
+let isDrawing = false; // a frame was asked for
+let isNew = true; // what comes was not seen to change: another board, or nobody looked
 let updates = 0; // since the last second began
 let slowest = null; // delay of the slowest list since then, in ms
-let dueSince = null; // when the frame to come was asked for
-let lateUntil = 0;
+let secondBegan = performance.now();
+let laggingUntil = 0;
 
 const connection = new Connection({
-  path: () => {
-    const query = new URLSearchParams({ ...(wish.board && { board: wish.board }), limit: wish.limit });
-    if (pins.players.length) query.set("players", pins.players.join(","));
-    return `/live-updates?${query}`;
-  },
+  query: () => ({ board: wish.board, limit: wish.limit, scores: "all" }),
+  players: () => pins.players,
   state: show,
   message: {
     leaderboardUpdate({ topScores, delayMs, resync }) {
       top = topScores;
       if (delayMs !== undefined) slowest = Math.max(slowest ?? 0, delayMs);
-      if (resync) tellLate();
+      if (resync) tellLagging();
       draw();
     },
     scoreUpdate({ playerId, newScore }) {
@@ -65,89 +71,108 @@ const connection = new Connection({
 });
 
 function draw() {
-  if (dueSince !== null) return;
-  dueSince = performance.now();
-  requestAnimationFrame((now) => {
-    if (now - dueSince > LATE_MS && !document.hidden) tellLate();
-    dueSince = null;
+  if (isDrawing) return;
+  isDrawing = true;
+  requestAnimationFrame(() => {
+    isDrawing = false;
+    pins.show(top ?? [], top !== null, (sentence) => announcer.say(sentence));
+    if (top === null) {
+      ranking.clear();
+      return;
+    }
     if (!isNew) announceLeader(ranking.leader, top[0]);
-    ranking.show(top, pins.players, !isNew && !document.hidden);
-    pins.show(top, (text) => announcer.say(text));
+    ranking.show(top, pins.players, !isNew);
     isNew = false;
   });
 }
 
 function announceLeader(before, leader) {
-  if (before && leader && before !== leader.playerId) {
-    announcer.say(`${leader.playerId} leads with ${numbers.format(leader.score)}`);
+  if (before !== undefined && leader && before !== leader.playerId) {
+    announcer.say(`${leader.playerId} leads with ${numbers.format(leader.score)}`, 1);
   }
 }
 
-function tellLate() {
-  lateUntil = performance.now() + TELL_LATE_MS;
+function tellLagging() {
+  laggingUntil = performance.now() + TELL_LAGGING_MS;
   connection.tell();
 }
 
-function show(state, detail = "") {
-  const shown = state === "live" && performance.now() < lateUntil ? "lagging" : state;
-  const word = WORDS[shown];
-  document.body.dataset.state = shown;
-  // Whoever listens hears a change of the state, but no countdown.
-  if (element("state-word").textContent !== word) element("state-word").textContent = word;
-  element("state-detail").textContent = detail;
+function show(state, detail) {
+  const shown = state === "live" && performance.now() < laggingUntil ? "lagging" : state;
+  if (document.body.dataset.state !== shown) {
+    document.body.dataset.state = shown;
+    element("state").textContent = WORDS[shown];
+  }
+  // Apart from the state, which is read out when it changes: nobody wants to hear a countdown.
+  if (element("state-detail").textContent !== detail) element("state-detail").textContent = detail;
 }
 
-const WORDS = {
-  connecting: "Connecting",
-  live: "Live",
-  delayed: "Delayed",
-  lagging: "Lagging",
-  reconnecting: "Reconnecting",
-  closed: "Closed",
-};
+function eachSecond() {
+  const now = performance.now();
+  const tookMs = now - secondBegan;
+  secondBegan = now;
+  if (tookMs > SECOND_MS + LATE_MS && !document.hidden) tellLagging();
+  rate.add(connection.isConnected ? (updates * SECOND_MS) / tookMs : null);
+  delay.add(connection.isConnected ? slowest : null);
+  updates = 0;
+  slowest = null;
+  connection.tell();
+}
 
 function choose(name, value) {
   wish[name] = value;
   address.set(name, value);
   history.replaceState(null, "", `?${address}`);
   isNew = true;
-  pins.forBoard(wish.board);
+  if (name === "board") {
+    top = null;
+    pins.forBoard(value);
+    document.title = title();
+  }
   connection.restart();
+}
+
+function title() {
+  return boards.length > 1 ? `${wish.board} · Scoreboard` : "Scoreboard";
+}
+
+function find(player) {
+  const ranks = ranking.find(player);
+  const last = ranks.at(-1);
+  const places = ranks.length > 1 ? `Ranks ${ranks.slice(0, -1).join(", ")} and ${last}` : `Rank ${last}`;
+  element("found").textContent = ranks.length ? places : `Not among the first ${wish.limit}`;
+  element("pin").textContent = `Pin “${player}”`;
+  element("answer").hidden = player === "";
 }
 
 element("limit").value = wish.limit;
 element("limit").addEventListener("change", ({ target }) => choose("limit", target.value));
-element("board-chooser").hidden = boards.length < 2;
-element("board-name").append(...boards.map((name) => new Option(name)));
-element("board-name").value = wish.board;
-element("board-name").addEventListener("change", ({ target }) => choose("board", target.value));
+element("board").hidden = boards.length < 2;
+element("board").append(...boards.map((name) => new Option(name)));
+element("board").value = wish.board;
+element("board").addEventListener("change", ({ target }) => choose("board", target.value));
 
 element("name").addEventListener("input", ({ target }) => find(target.value));
 element("find").addEventListener("submit", (event) => {
   event.preventDefault();
   const player = element("name").value;
-  if (!player) return;
-  const refusal = pins.add(player);
-  element("found").textContent = refusal ?? `${player} is pinned`;
-  if (refusal) return;
+  const refusal = player && pins.add(player);
+  if (refusal) {
+    element("found").textContent = refusal;
+    return;
+  }
   element("name").value = "";
-  ranking.find("");
+  find("");
 });
 
-function find(text) {
-  const found = ranking.find(text);
-  element("found").textContent = text ? `${found} in this list. Enter pins exactly this name.` : "";
-}
-
-setInterval(() => {
-  const isConnected = ["live", "lagging", "delayed"].includes(document.body.dataset.state);
-  rate.add(isConnected ? updates : null);
-  delay.add(isConnected ? slowest : null);
+document.addEventListener("visibilitychange", () => {
+  // In a hidden tab no frame is drawn and seconds are long: neither says anything of the connection.
+  isNew = true;
+  secondBegan = performance.now();
   updates = 0;
-  slowest = null;
-  connection.tell();
-}, 1000);
+});
 
-chooseTheme(element("theme"));
+document.title = title();
 pins.forBoard(wish.board);
 connection.start();
+setInterval(eachSecond, SECOND_MS);

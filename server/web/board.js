@@ -3,7 +3,7 @@
 
 const MOVE_MS = 450;
 const MARK_MS = 1500;
-const MOVES_AT_ONCE = 3; // of one row; an older one is over when a newer one begins
+const SMALLEST_STEP = 0.002; // of a share: less than a pixel
 
 const numbers = new Intl.NumberFormat();
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
@@ -11,14 +11,13 @@ const calm = matchMedia("(prefers-reduced-motion: reduce)");
 export class Ranking {
   constructor(body, empty, onPin) {
     this.body = body;
+    this.table = body.parentElement;
     this.empty = empty;
     this.onPin = onPin;
     this.rows = new Map(); // playerId → Row, for those in the list
     this.sought = "";
-    this.height = 0; // of a row: all are of one height, so nothing needs to be measured while they move
-    new ResizeObserver(() => {
-      this.height = this.body.firstElementChild?.getBoundingClientRect().height ?? 0;
-    }).observe(body);
+    this.marked = new Map(); // rows whose change is being shown → until when, the oldest first
+    new ResizeObserver(() => this.measure(false)).observe(body);
   }
 
   get leader() {
@@ -28,39 +27,88 @@ export class Ranking {
   // Show [{playerId, score}, …]; unless `animated`, as if it had always been so.
   show(scores, pinned, animated) {
     const focused = document.activeElement;
-    const gone = new Set(this.rows.keys());
     const best = Math.max(1, scores[0]?.score ?? 1);
+    const gone = new Set(this.rows.keys());
+    let moved = false;
+    let digits = 1;
     scores.forEach(({ playerId, score }, index) => {
       gone.delete(playerId);
       let row = this.rows.get(playerId);
-      const isNew = !row;
-      if (isNew) this.rows.set(playerId, (row = new Row(playerId, this.onPin, this.sought)));
-      this.put(row.element, index);
-      if (animated && isNew) row.appear();
-      if (animated && !isNew && index !== row.index) row.moveFrom((row.index - index) * this.height);
-      row.show(index, score, best, pinned.includes(playerId), animated);
+      if (!row) this.rows.set(playerId, (row = new Row(playerId, this.onPin, this.sought)));
+      moved = this.put(row.element, index) || moved;
+      const change = row.show(index, score, best, pinned.has(playerId));
+      if (animated && change) this.mark(row, change);
+      digits = Math.max(digits, row.total.textContent.length);
     });
     for (const playerId of gone) {
       this.rows.get(playerId).element.remove();
       this.rows.delete(playerId);
+      moved = true;
     }
     this.empty.hidden = scores.length > 0;
-    this.body.parentElement.style.setProperty("--rows", Math.max(scores.length, 5));
+    this.fit(scores.length, digits);
+    if (moved) this.measure(animated && !calm.matches);
     // What is moved in the document loses the focus.
     if (focused !== document.activeElement && focused.isConnected) focused.focus({ preventScroll: true });
   }
 
-  // Mark the rows whose player contains this text; how many those are.
-  find(text) {
-    this.sought = text.toLowerCase();
-    let found = 0;
-    for (const row of this.rows.values()) found += row.seek(this.sought);
-    return found;
+  // Nothing is known of this board yet.
+  clear() {
+    this.show([], new Set(), false);
+    this.empty.hidden = true;
   }
 
+  // Mark the rows whose player contains this text; the ranks of those.
+  find(text) {
+    this.sought = text.toLowerCase();
+    const ranks = [];
+    for (const row of this.rows.values()) if (row.seek(this.sought)) ranks.push(row.index + 1);
+    return ranks.sort((one, other) => one - other);
+  }
+
+  // Whether the element had to be moved to get there.
   put(element, index) {
     const there = this.body.children[index];
-    if (there !== element) this.body.insertBefore(element, there ?? null);
+    if (there === element) return false;
+    this.body.insertBefore(element, there ?? null);
+    return true;
+  }
+
+  // Tell the style sheet how many rows share the height, and how wide the widest score is.
+  fit(rows, digits) {
+    for (const [name, value] of Object.entries({ "--rows": Math.max(rows, 5), "--digits": digits })) {
+      if (this.table.style.getPropertyValue(name) !== String(value)) this.table.style.setProperty(name, value);
+    }
+  }
+
+  // Learn where the rows are now; those that were elsewhere come from there. All are read before any is moved.
+  measure(animated) {
+    const tops = new Map([...this.rows.values()].map((row) => [row, row.element.offsetTop]));
+    for (const [row, top] of tops) {
+      if (animated && row.top === null) row.appear();
+      else if (animated && row.top !== top) row.moveFrom(row.top - top);
+      row.top = top;
+    }
+  }
+
+  mark(row, change) {
+    row.mark(change);
+    if (this.marked.has(row)) return;
+    this.marked.set(row, performance.now() + MARK_MS);
+    this.sweeping ??= setTimeout(() => this.sweep(), MARK_MS);
+  }
+
+  sweep() {
+    const now = performance.now();
+    this.sweeping = null;
+    for (const [row, until] of this.marked) {
+      if (until > now) {
+        this.sweeping = setTimeout(() => this.sweep(), until - now);
+        return;
+      }
+      row.unmark();
+      this.marked.delete(row);
+    }
   }
 }
 
@@ -74,91 +122,94 @@ class Row {
       return cell;
     });
     name.scope = "row";
-    name.append(badge(player), text("name", player), text("share"));
-    total.append(text("delta"), text("total"));
+    name.append(text("name", player), text("share"));
+    rank.append(text("place"));
+    const sum = text("sum");
+    sum.append(text("delta"), text("total"));
+    total.append(sum);
     pin.append(document.createElement("button"));
     row.dataset.player = player;
     this.element = row;
     this.player = player;
-    this.rank = rank;
-    this.share = name.lastElementChild;
-    [this.delta, this.total] = total.children;
+    this.place = rank.firstElementChild;
+    this.bar = name.lastElementChild;
+    [this.delta, this.total] = sum.children;
+    this.delta.setAttribute("aria-hidden", "true");
     this.pin = pin.firstElementChild;
     this.pin.type = "button";
+    this.pin.setAttribute("aria-label", `Pin ${player}`);
     this.pin.addEventListener("click", () => onPin(player));
     this.index = null;
     this.score = null;
-    this.gain = 0;
-    this.moves = [];
+    this.share = null;
+    this.isPinned = null;
+    this.gain = 0; // since its change is being shown
+    this.top = null; // where it was last, in pixels
+    this.move = null;
     this.seek(sought);
   }
 
-  show(index, score, best, isPinned, animated) {
+  // By how much the score changed; 0 for a player who is new here.
+  show(index, score, best, isPinned) {
     if (index !== this.index) {
-      this.rank.textContent = index + 1;
+      this.place.textContent = index + 1;
       this.element.dataset.place = index < 3 ? index + 1 : "";
       this.index = index;
     }
-    if (score !== this.score) {
-      this.total.textContent = numbers.format(score);
-      if (animated && this.score !== null) this.mark(score - this.score);
-      this.score = score;
-    }
-    this.share.style.setProperty("--share", Math.max(0, score / best).toFixed(4));
-    if (this.pin.getAttribute("aria-pressed") !== String(isPinned)) {
+    if (isPinned !== this.isPinned) {
       this.pin.setAttribute("aria-pressed", isPinned);
-      this.pin.setAttribute("aria-label", `Pin ${this.player}`);
+      this.isPinned = isPinned;
     }
+    const share = Math.max(0, score / best);
+    if (this.share === null || Math.abs(share - this.share) > SMALLEST_STEP) {
+      this.bar.style.transform = `scaleX(${share.toFixed(4)})`;
+      this.share = share;
+    }
+    if (score === this.score) return 0;
+    const change = this.score === null ? 0 : score - this.score;
+    this.total.textContent = numbers.format(score);
+    this.score = score;
+    return change;
   }
 
   seek(sought) {
     const isFound = sought !== "" && this.player.toLowerCase().includes(sought);
     this.element.classList.toggle("found", isFound);
-    return isFound ? 1 : 0;
-  }
-
-  moveFrom(distance) {
-    if (calm.matches || !distance) return;
-    this.element.classList.toggle("rising", distance > 0);
-    // Added to what still moves it, so a row that turns round midway does not jump.
-    const frames = [{ transform: `translateY(${distance}px)` }, { transform: "translateY(0)" }];
-    const timing = { duration: MOVE_MS, easing: "cubic-bezier(.2,.8,.2,1)", composite: "add" };
-    const move = this.element.animate(frames, timing);
-    this.moves = this.moves.filter((each) => each.playState === "running");
-    if (this.moves.length >= MOVES_AT_ONCE) this.moves.shift().finish();
-    this.moves.push(move);
-  }
-
-  appear() {
-    if (!calm.matches) this.element.animate([{ opacity: 0 }, { opacity: 1 }], { duration: MOVE_MS });
+    return isFound;
   }
 
   // Show by how much the score changed, added up while it is shown.
   mark(change) {
-    clearTimeout(this.marked);
     this.gain += change;
     this.delta.textContent = `${this.gain > 0 ? "+" : ""}${numbers.format(this.gain)}`;
-    const way = this.gain < 0 ? "down" : "up";
-    this.element.dataset.changed = way;
-    this.marked = setTimeout(() => {
-      this.gain = 0;
-      this.delta.textContent = "";
-      delete this.element.dataset.changed;
-    }, MARK_MS);
-    if (calm.matches) return;
-    this.tint?.cancel();
-    const timing = { duration: MARK_MS, easing: "ease-out" };
-    this.tint = this.element.animate([{ backgroundColor: `var(--${way}-tint)` }, {}], timing);
+    this.element.dataset.changed = this.gain < 0 ? "down" : "up";
   }
-}
 
-export function badge(player) {
-  let hash = 0;
-  for (const character of player) hash = (hash * 31 + character.codePointAt(0)) | 0;
-  const made = text("badge", [...player][0].toUpperCase());
-  made.style.setProperty("--hue", Math.abs(hash) % 360);
-  made.setAttribute("aria-hidden", "true");
-  return made;
+  unmark() {
+    this.gain = 0;
+    this.delta.textContent = "";
+    delete this.element.dataset.changed;
+  }
+
+  // One animation at a time: the next begins where this one has come to, so a row that turns round does not jump.
+  moveFrom(distance) {
+    const from = distance + this.left();
+    this.move?.cancel();
+    this.from = from;
+    this.element.classList.toggle("rising", from > 0);
+    const frames = [{ transform: `translateY(${from}px)` }, { transform: "none" }];
+    this.move = this.element.animate(frames, { duration: MOVE_MS, easing: "cubic-bezier(.2, .8, .2, 1)" });
+  }
+
+  // How far it still has to go, in pixels.
+  left() {
+    const progress = this.move?.effect.getComputedTiming().progress ?? 1;
+    return progress < 1 ? this.from * (1 - progress) : 0;
+  }
+
+  appear() {
+    this.element.animate([{ opacity: 0 }, { opacity: 1 }], MOVE_MS);
+  }
 }
 
 export function text(kind, content = "") {

@@ -1,15 +1,17 @@
 // A figure of now, and its course over the last minute as a line.
 
 const SECONDS = 60;
+const FRESH = 5; // seconds that a figure counts as the current one
 const WIDTH = 240;
 const HEIGHT = 48;
 const SVG = "http://www.w3.org/2000/svg";
 
 export class Chart {
-  // `figure` has a caption and an output; `format` puts a value into words.
+  // `figure` has a caption and places for the figures; `format` puts a value into words.
   constructor(figure, format) {
     this.format = format;
     this.now = figure.querySelector(".now");
+    this.most = figure.querySelector(".most");
     this.name = figure.querySelector("figcaption").textContent;
     this.values = [];
     this.picture = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" });
@@ -28,15 +30,16 @@ export class Chart {
 
   draw() {
     const known = this.values.filter((value) => value !== null);
-    this.now.textContent = known.length ? this.format(known.at(-1)) : "–";
-    const most = Math.max(1, ...known);
-    const course = known.length ? `${this.format(Math.max(...known))} at most` : "nothing yet";
-    this.picture.setAttribute("aria-label", `${this.name} in the last minute: ${course}`);
+    const current = this.values.slice(-FRESH).findLast((value) => value !== null);
+    const most = Math.max(0, ...known);
+    this.now.textContent = current === undefined ? "–" : this.format(current);
+    this.most.textContent = known.length ? `${this.format(most)} at most` : "";
+    this.picture.setAttribute("aria-label", `${this.name}, the last minute: ${this.most.textContent || "none yet"}`);
     const first = SECONDS - this.values.length;
     const points = this.values.flatMap((value, index) => {
       if (value === null) return [];
       const x = ((first + index) / (SECONDS - 1)) * WIDTH;
-      return [[x.toFixed(1), (HEIGHT - 2 - (value / most) * (HEIGHT - 4)).toFixed(1)]];
+      return [[x.toFixed(1), (HEIGHT - 1 - (value / (most || 1)) * (HEIGHT - 3)).toFixed(1)]];
     });
     const line = points.map(([x, y]) => `${x} ${y}`).join("L");
     this.line.setAttribute("d", line && `M${line}`);

@@ -1,14 +1,18 @@
-// One WebSocket at a time, made again when it ends. Knows the protocol's closings, and nothing of what is shown.
+// One WebSocket at a time, made again when it ends. Knows the protocol, and nothing of what is shown.
 
 const FIRST_DELAY_MS = 500;
 const LONGEST_DELAY_MS = 15_000;
 const STEADY_AFTER_MS = 5_000; // a connection that lived this long resets the delay
 const POLICY_VIOLATION = 1008; // the server does not want us back
+const NAMES_LENGTH = 1500; // of the address: the server takes 4 KiB of request headers, cookies and all
+const NAMES_AT_ONCE = 50; // in a message: at 128 characters each they stay below the server's 32 KiB
 
 export class Connection {
-  // `path()` is asked at each start; `message` has a function per type; `state(name, detail)` is told what is the case.
-  constructor({ path, state, message }) {
-    this.path = path;
+  // `query()` and `players()` are asked at each start; `message` has a function per type;
+  // `state(name, detail)` is told what is the case.
+  constructor({ query, players, state, message }) {
+    this.query = query;
+    this.players = players;
     this.onState = state;
     this.onMessage = message;
     this.socket = null;
@@ -21,18 +25,24 @@ export class Connection {
     addEventListener("online", () => this.retryAt !== null && this.start());
   }
 
+  get isConnected() {
+    return this.hasList && this.retryAt === null && this.closedFor === null;
+  }
+
   start() {
     clearTimeout(this.timer);
     this.retryAt = null;
     this.closedFor = null;
+    const { path, others } = this.address();
     const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-    const socket = new WebSocket(`${scheme}//${location.host}${this.path()}`);
+    const socket = new WebSocket(`${scheme}//${location.host}${path}`);
     let openedAt = null;
     this.socket = socket;
     this.isLive = true;
     this.hasList = false;
     socket.onopen = () => {
       openedAt = performance.now();
+      for (let at = 0; at < others.length; at += NAMES_AT_ONCE) this.follow(others.slice(at, at + NAMES_AT_ONCE));
     };
     socket.onmessage = ({ data }) => {
       if (socket === this.socket) this.receive(JSON.parse(data));
@@ -50,7 +60,7 @@ export class Connection {
     this.tell();
   }
 
-  // Ask again with another path.
+  // Ask again for something else.
   restart() {
     const before = this.socket;
     this.delayMs = FIRST_DELAY_MS;
@@ -71,8 +81,22 @@ export class Connection {
     else if (this.retryAt !== null) {
       const left = Math.ceil((this.retryAt - performance.now()) / 1000);
       this.onState("reconnecting", left > 0 ? `in ${left} s` : "");
-    } else if (!this.hasList) this.onState("connecting");
-    else this.onState(this.isLive ? "live" : "delayed");
+    } else if (!this.hasList) this.onState("connecting", "");
+    else this.onState(this.isLive ? "live" : "delayed", "");
+  }
+
+  // Where to connect, and the players who do not fit in there.
+  address() {
+    const others = [];
+    let names = "";
+    for (const player of this.players()) {
+      const more = names ? `${names},${player}` : player;
+      if (player.includes(",") || encodeURIComponent(more).length > NAMES_LENGTH) others.push(player);
+      else names = more;
+    }
+    const query = new URLSearchParams(this.query());
+    if (names) query.set("players", names);
+    return { path: `/live-updates?${query}`, others };
   }
 
   receive(message) {
@@ -84,7 +108,7 @@ export class Connection {
   }
 
   send(message) {
-    // While it is not open the names go with the next path.
+    // While it is not open the names go with the next address.
     if (this.socket?.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify(message));
   }
 

@@ -1,6 +1,6 @@
 // The players one follows by name, wherever they stand. Kept by the browser, for each board.
 
-import { badge, text } from "./board.js";
+import { text } from "./board.js";
 
 const MOST = 100; // that the server lets one follow
 
@@ -8,17 +8,18 @@ const numbers = new Intl.NumberFormat();
 
 export class Pins {
   // `added`, `removed` and `changed` are called when the reader pins or unpins somebody.
-  constructor(list, { added, removed, changed }) {
+  constructor(list, hint, { added, removed, changed }) {
     this.list = list;
+    this.hint = hint;
     this.on = { added, removed, changed };
-    this.players = [];
+    this.players = new Set();
     this.scores = new Map(); // playerId → score, as far as it is known
     this.items = new Map();
   }
 
   forBoard(board) {
-    this.key = `pins:${board ?? ""}`;
-    this.players = load(this.key);
+    this.key = `pins:${board}`;
+    this.players = new Set(load(this.key));
     this.scores.clear();
     this.list.replaceChildren();
     this.items.clear();
@@ -26,23 +27,22 @@ export class Pins {
   }
 
   toggle(player) {
-    if (this.players.includes(player)) this.remove(player);
+    if (this.players.has(player)) this.remove(player);
     else this.add(player);
   }
 
   // Why the player cannot be pinned; null when it is.
   add(player) {
-    if (this.players.includes(player)) return `${player} is pinned already`;
-    if (player.includes(",")) return "A name with a comma cannot be pinned";
-    if (this.players.length >= MOST) return `At most ${MOST} players can be pinned`;
-    this.players = [...this.players, player];
+    if (this.players.has(player)) return "Pinned already";
+    if (this.players.size >= MOST) return `At most ${MOST} players can be pinned`;
+    this.players.add(player);
     this.keep();
     this.on.added(player);
     return null;
   }
 
   remove(player) {
-    this.players = this.players.filter((each) => each !== player);
+    this.players.delete(player);
     this.scores.delete(player);
     this.items.get(player)?.element.remove();
     this.items.delete(player);
@@ -52,13 +52,13 @@ export class Pins {
 
   // Take a score that was sent; whether it is of a pinned player.
   learn(player, score) {
-    if (!this.players.includes(player)) return false;
+    if (!this.players.has(player)) return false;
     this.scores.set(player, score);
     return true;
   }
 
-  // `say` is told, in a sentence, what changed for a pinned player.
-  show(top, say) {
+  // Before anything came (`isKnown`) nobody is said to have no score. `say` is told, in a sentence, what changed.
+  show(top, isKnown, say) {
     const places = new Map(top.map(({ playerId, score }, index) => [playerId, { rank: index + 1, score }]));
     for (const player of this.players) {
       let item = this.items.get(player);
@@ -66,14 +66,16 @@ export class Pins {
         this.items.set(player, (item = new Item(player, () => this.remove(player))));
         this.list.append(item.element);
       }
-      const place = places.get(player);
-      item.show(place?.score ?? this.scores.get(player), place?.rank, say);
+      const { rank, score } = places.get(player) ?? { score: this.scores.get(player) };
+      if (isKnown) item.show(score, rank, say);
     }
+    this.hint.hidden = this.players.size > 0;
+    this.list.hidden = this.players.size === 0;
   }
 
   keep() {
     try {
-      localStorage.setItem(this.key, JSON.stringify(this.players));
+      localStorage.setItem(this.key, JSON.stringify([...this.players]));
     } catch {
       // A browser that keeps nothing still pins until it is closed.
     }
@@ -86,29 +88,32 @@ class Item {
     this.player = player;
     this.element = document.createElement("li");
     this.rank = text("rank");
-    this.total = text("total");
+    this.total = text("total", "…");
+    this.isShown = false;
     const remove = document.createElement("button");
     remove.type = "button";
-    remove.textContent = "×";
     remove.setAttribute("aria-label", `Unpin ${player}`);
     remove.addEventListener("click", onRemove);
-    this.element.append(badge(player), text("name", player), this.rank, this.total, remove);
+    this.element.append(this.rank, text("name", player), this.total, remove);
   }
 
   show(score, rank, say) {
+    if (this.isShown && score === this.score && rank === this.place) return;
     const total = score === undefined ? "no score yet" : numbers.format(score);
-    if (total !== this.total.textContent) {
-      if (this.total.textContent) say(`${this.player}: ${total}${rank ? `, rank ${rank}` : ""}`);
-      this.total.textContent = total;
-    }
-    this.rank.textContent = rank ? `#${rank}` : "";
+    // Scores of those in the list change all the time: only a new rank is worth a sentence.
+    const isNews = rank === undefined ? score !== undefined : rank !== this.place;
+    if (this.isShown && isNews) say(rank ? `${this.player} is now ${rank}, with ${total}` : `${this.player} has ${total}`);
+    this.rank.textContent = rank ?? "";
+    this.total.textContent = total;
+    this.element.classList.toggle("unscored", score === undefined);
+    [this.score, this.place, this.isShown] = [score, rank, true];
   }
 }
 
 function load(key) {
   try {
     const kept = JSON.parse(localStorage.getItem(key) ?? "[]");
-    return kept.filter((player) => typeof player === "string" && player && !player.includes(",")).slice(0, MOST);
+    return kept.filter((player) => typeof player === "string" && player).slice(0, MOST);
   } catch {
     return [];
   }

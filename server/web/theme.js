@@ -1,33 +1,40 @@
-// Light, dark, or as the system has it: chosen with one button, and kept by the browser.
+// Light, dark, or as the system has it: chosen with one button, and kept by the browser. No module, so that it runs
+// before the page is drawn.
+"use strict";
 
-const THEMES = ["system", "light", "dark"];
-const SIGNS = { system: "◐", light: "☀", dark: "☾" };
+{
+  const THEMES = ["system", "light", "dark"];
+  const root = document.documentElement;
 
-export function chooseTheme(button) {
-  let theme = kept();
-  const show = () => {
-    document.documentElement.dataset.theme = theme;
-    button.textContent = SIGNS[theme];
-    button.setAttribute("aria-label", `Colours: ${theme}`);
-    button.title = `Colours: ${theme}`;
-  };
-  button.addEventListener("click", () => {
-    theme = THEMES[(THEMES.indexOf(theme) + 1) % THEMES.length];
+  const kept = () => {
     try {
-      localStorage.setItem("theme", theme);
+      return localStorage.getItem("theme");
     } catch {
-      // It then lasts until the page is closed.
+      return null; // storage may be forbidden
     }
-    show();
-  });
-  show();
-}
+  };
 
-function kept() {
-  try {
-    const theme = localStorage.getItem("theme");
-    return THEMES.includes(theme) ? theme : "system";
-  } catch {
-    return "system";
-  }
+  const choose = (theme) => {
+    root.dataset.theme = THEMES.includes(theme) ? theme : "system";
+  };
+
+  choose(kept());
+
+  document.addEventListener("DOMContentLoaded", () => {
+    const button = document.getElementById("theme");
+    const tell = () => {
+      button.title = `Colours: ${root.dataset.theme}`;
+      button.setAttribute("aria-label", button.title);
+    };
+    button.addEventListener("click", () => {
+      choose(THEMES[(THEMES.indexOf(root.dataset.theme) + 1) % THEMES.length]);
+      tell();
+      try {
+        localStorage.setItem("theme", root.dataset.theme);
+      } catch {
+        // It then lasts until the page is closed.
+      }
+    });
+    tell();
+  });
 }
