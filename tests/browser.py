@@ -6,10 +6,11 @@ Knows no scoreboard. The protocol is described at https://chromedevtools.github.
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,18 @@ class Chromium(Service):
         """Whether it told where it can be spoken to."""
         return self._port_file.exists() and self._port_file.read_text().count("\n") == 1
 
-    def page(self) -> Page:
+    @contextlib.contextmanager
+    def page(self) -> Iterator[Page]:
         """A new page in a context of its own: no storage, no cache."""
         port, path = self._port_file.read_text().split()
         with connect(f"ws://{ADDRESS}:{port}{path}", max_size=None) as socket:
             browser = DevTools(socket)
             context = browser.call("Target.createBrowserContext", disposeOnDetach=False)["browserContextId"]
             target = browser.call("Target.createTarget", url="about:blank", browserContextId=context)["targetId"]
-        return Page(connect(f"ws://{ADDRESS}:{port}/devtools/page/{target}", max_size=None))
+        with connect(f"ws://{ADDRESS}:{port}/devtools/page/{target}", max_size=None) as socket:
+            page = Page(socket)
+            yield page
+            page.call("Page.close")
 
 
 class DevTools:
@@ -78,13 +83,6 @@ class Page(DevTools):
         super().__init__(socket)
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             self.call(f"{domain}.enable")
-
-    def __enter__(self) -> Page:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.call("Page.close")
-        self.socket.close()
 
     def open(self, url: str) -> None:
         """Go there; returns when the document and its scripts have run."""

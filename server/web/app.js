@@ -1,6 +1,6 @@
 // The live page: what the address asks for, what the server says, and who gets to hear of it.
 //
-// Messages only change what is known; the page is drawn once per frame, however many came.
+// Messages only change what is known; the page is drawn once per frame at most, however many came.
 
 import { Announcer } from "./announcer.js";
 import { Ranking } from "./board.js";
@@ -12,6 +12,7 @@ const LIMITS = ["10", "25", "50", "100"];
 const SECOND_MS = 1000;
 const LATE_MS = 1000; // a second that took this much longer: messages waited, too
 const TELL_LAGGING_MS = 5000;
+const DRAW_SHARE = 0.5; // of the time: a slow machine draws less often, and still moves what it drew
 const WORDS = {
   connecting: "Connecting",
   live: "Live",
@@ -42,7 +43,9 @@ const rate = new Chart(element("rate"), (value) => numbers.format(Math.round(val
 const delay = new Chart(element("delay"), (value) => `${numbers.format(value)} ms`);
 
 let top = null; // the list as last sent; null before the first one of this board
-let isDrawing = false; // a frame was asked for
+let isDue = false; // something has changed since it was last drawn
+let isDrawing = false; // a frame is being waited for, or drawn
+let restUntil = 0; // when the next frame may be drawn
 let isNew = true; // what comes was not seen to change: another board, or nobody looked
 let updates = 0; // since the last second began
 let slowest = null; // delay of the slowest list since then, in ms
@@ -71,19 +74,35 @@ const connection = new Connection({
 });
 
 function draw() {
+  isDue = true;
   if (isDrawing) return;
   isDrawing = true;
-  requestAnimationFrame(() => {
+  const waitMs = restUntil - performance.now();
+  if (waitMs > 0) setTimeout(() => requestAnimationFrame(drawFrame), waitMs);
+  else requestAnimationFrame(drawFrame);
+}
+
+function drawFrame() {
+  const beganAt = performance.now();
+  isDue = false;
+  drawNow();
+  // Runs when the browser has laid out and painted what was drawn.
+  setTimeout(() => {
+    restUntil = beganAt + (performance.now() - beganAt) / DRAW_SHARE;
     isDrawing = false;
-    pins.show(top ?? [], top !== null, (sentence) => announcer.say(sentence));
-    if (top === null) {
-      ranking.clear();
-      return;
-    }
-    if (!isNew) announceLeader(ranking.leader, top[0]);
-    ranking.show(top, pins.players, !isNew);
-    isNew = false;
+    if (isDue) draw();
   });
+}
+
+function drawNow() {
+  pins.show(top ?? [], top !== null, (sentence) => announcer.say(sentence));
+  if (top === null) {
+    ranking.clear();
+    return;
+  }
+  if (!isNew) announceLeader(ranking.leader, top[0]);
+  ranking.show(top, pins.players, !isNew);
+  isNew = false;
 }
 
 function announceLeader(before, leader) {

@@ -2,7 +2,9 @@
 // text and attributes, never markup.
 
 const MOVE_MS = 450;
+const EASE_OUT_CUBIC = "cubic-bezier(0.3333, 1, 0.6667, 1)"; // 1 - (1 - t)³
 const MARK_MS = 1500;
+const MARGIN_PX = 100; // a row that begins this far above the screen may still be seen
 const SMALLEST_STEP = 0.002; // of a share: less than a pixel
 
 const numbers = new Intl.NumberFormat();
@@ -81,12 +83,18 @@ export class Ranking {
     }
   }
 
-  // Learn where the rows are now; those that were elsewhere come from there. All are read before any is moved.
+  // Learn where the rows are now; those that were elsewhere come from there, as far as somebody sees it. All are read
+  // before any is moved.
   measure(animated) {
     const tops = new Map([...this.rows.values()].map((row) => [row, row.element.offsetTop]));
+    const from = animated ? -this.table.getBoundingClientRect().top : 0;
+    const now = performance.now();
+    const isSeen = (top) => top !== null && top > from - MARGIN_PX && top < from + innerHeight;
     for (const [row, top] of tops) {
-      if (animated && row.top === null) row.appear();
-      else if (animated && row.top !== top) row.moveFrom(row.top - top);
+      if (animated && row.top !== top && (isSeen(row.top) || isSeen(top))) {
+        if (row.top === null) row.appear();
+        else row.moveFrom(row.top - top, now);
+      }
       row.top = top;
     }
   }
@@ -146,6 +154,8 @@ class Row {
     this.gain = 0; // since its change is being shown
     this.top = null; // where it was last, in pixels
     this.move = null;
+    this.movedAt = -MOVE_MS;
+    this.from = 0; // how far away its last move began, in pixels
     this.seek(sought);
   }
 
@@ -192,19 +202,15 @@ class Row {
   }
 
   // One animation at a time: the next begins where this one has come to, so a row that turns round does not jump.
-  moveFrom(distance) {
-    const from = distance + this.left();
+  moveFrom(distance, now) {
+    // Reckoned: asking the animation how far it is would have the style of the whole page worked out, row by row.
+    const left = Math.max(0, 1 - (now - this.movedAt) / MOVE_MS);
+    this.from = distance + this.from * left ** 3;
+    this.movedAt = now;
     this.move?.cancel();
-    this.from = from;
-    this.element.classList.toggle("rising", from > 0);
-    const frames = [{ transform: `translateY(${from}px)` }, { transform: "none" }];
-    this.move = this.element.animate(frames, { duration: MOVE_MS, easing: "cubic-bezier(.2, .8, .2, 1)" });
-  }
-
-  // How far it still has to go, in pixels.
-  left() {
-    const progress = this.move?.effect.getComputedTiming().progress ?? 1;
-    return progress < 1 ? this.from * (1 - progress) : 0;
+    this.element.classList.toggle("rising", this.from > 0);
+    const frames = [{ transform: `translateY(${this.from}px)` }, { transform: "none" }];
+    this.move = this.element.animate(frames, { duration: MOVE_MS, easing: EASE_OUT_CUBIC });
   }
 
   appear() {
