@@ -83,6 +83,7 @@ class Page(DevTools):
         super().__init__(socket)
         for domain in ("Page", "Runtime", "Log", "Network", "Audits"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def open(self, url: str) -> None:
         """Go there; returns when the document and its scripts have run."""
