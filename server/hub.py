@@ -101,6 +101,8 @@ class Shard:
     limit: int
     all_scores: bool
     watchers: set[Watcher] = dataclasses.field(default_factory=set)
+    unchecked_bytes: int = 0
+    """Published since its watchers' buffers were last looked at: none of them can have grown by more."""
 
 
 @dataclasses.dataclass(slots=True)
