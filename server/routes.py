@@ -6,12 +6,10 @@ An update takes this way: `update_score` → its body is complete → `_submit` 
 from __future__ import annotations
 
 import asyncio
-import mimetypes
 import re
 import time
 import urllib.parse
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -29,6 +27,7 @@ from server.live import Live
 from server.pages import page_json
 from server.scores import Scores
 from server.uws import Handler, Request, Server
+from server.web_files import WEB, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_PLAYER: Final = 128
@@ -36,7 +35,6 @@ MAX_IDEMPOTENCY_KEY: Final = 128
 PREFLIGHT_S: Final = 7200
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
-_WEB: Final = Path(__file__).with_name("web")
 _OK: Final = b"200 OK"
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
 _UPDATED: Final = ("/update-score", 200)
@@ -92,8 +90,8 @@ class Routes:
         self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard})
         for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz), ("/metrics", self.show_metrics)):
             self._route(path, {"GET": handler, "HEAD": handler})
-        for path, file in self._files():
-            self._route(path, {"GET": file, "HEAD": file})
+        for path, file in read_files(WEB, self._settings.boards).items():
+            self._route(path, {"GET": file.answer, "HEAD": file.answer})
         self._route("/live-updates", {}, upgrade=True)
         server.route("/*", {"*": self._with_cors(self.unknown)})
 
@@ -301,26 +299,6 @@ class Routes:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _files(self) -> list[tuple[str, Handler]]:
-        """The live page: every file of web/, and index.html at /."""
-        routes = []
-        for file in sorted(_WEB.iterdir()):
-            kind = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-            path = "/" if file.name == "index.html" else f"/{file.name}"
-            routes.append((path, self._file(file.read_bytes(), f"{kind}; charset=utf-8".encode())))
-        return routes
-
-    def _file(self, content: bytes, content_type: bytes) -> Handler:
-        head = (
-            b"200 OK\r\nCache-Control: no-cache\r\nX-Content-Type-Options: nosniff"
-            b"\r\nContent-Security-Policy: default-src 'self'; connect-src 'self' ws: wss:"
-        )
-
-        def send(request: Request) -> None:
-            request.answer(head, content, content_type)
-
-        return send
 
     def _gauges(self) -> dict[str, tuple[str, float]]:
         scores, live = self.scores, self.live

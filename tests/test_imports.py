@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "fences", "keys", "config", "database"}
 CORE = {
     "hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages",
-    "kafka_tail", "replay", "rebuild_lock", "admission",
+    "kafka_tail", "replay", "rebuild_lock", "admission", "web_files",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild"}
 PROCESSES = {"supervisor", "embedded"}  # child processes: apart from everything that serves
