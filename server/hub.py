@@ -384,8 +384,9 @@ class Hub:
         scores = [updates[player] for player in chosen]
         if len(chosen) < len(updates):
             scores.append(_skipped_message(len(updates) - len(chosen)))
+        lists = {limit: self._list_message(board, limit, delay_ms) for limit, _ in board.shards if changed[limit]}
         for (limit, all_scores), shards in list(board.shards.items()):
-            messages = [self._list_message(board, limit, delay_ms)] if changed[limit] else []
+            messages = [lists[limit]] if limit in lists else []
             if all_scores:
                 messages += scores
             if messages:
