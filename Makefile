@@ -7,15 +7,15 @@
 # make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses|outages
 # Each sets up .venv first, where needed.
 
-.PHONY: run test check bench bench-live chaos setup
+.PHONY: run test check bench bench-live chaos setup setup-tests
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
 
-test: setup
+test: setup-tests
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-check: setup
+check: setup-tests
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
@@ -34,3 +34,6 @@ chaos: setup
 
 setup:
 	@scripts/setup.sh embedded,test
+
+setup-tests:
+	@scripts/setup.sh embedded,test browser

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# scripts/setup.sh EXTRAS: a .venv as pyproject.toml and constraints.txt want it. Does nothing when it is there.
+# scripts/setup.sh EXTRAS [browser]: a .venv as pyproject.toml and constraints.txt want it, and Chromium where that can
+# be had. Does nothing when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=$1
+extras=$1 browser=${2:-}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 give_up() { say "$*"; exit 1; }
@@ -52,6 +53,16 @@ need_libuv() {
         give_up "libuv.so.1 is missing: install libuv (Debian and Ubuntu: apt install libuv1; Fedora: dnf install libuv)"
 }
 
+# The tests do without a browser, so it is asked for once: where that fails, the next run does not wait for it again.
+want_chromium() {
+    local asked=.cache/no-chromium
+    if command -v chromium chromium-browser google-chrome >/dev/null || [ -e "$asked" ]; then return; fi
+    if ! apt_install chromium; then
+        touch "$asked"
+        say "no Chromium could be installed: its tests will be skipped (to ask again, delete $asked)"
+    fi
+}
+
 mkdir -p .cache
 exec 9>.cache/setup.lock
 if command -v flock >/dev/null; then flock 9; fi # two makes in one tree set up once
@@ -65,3 +76,4 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" >"$stamp"
 fi
 need_libuv
+if [ "$browser" = browser ]; then want_chromium; fi

@@ -101,6 +101,8 @@ class Shard:
     limit: int
     all_scores: bool
     watchers: set[Watcher] = dataclasses.field(default_factory=set)
+    unchecked_bytes: int = 0
+    """Published since its watchers' buffers were last looked at: none of them can have grown by more."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -382,8 +384,9 @@ class Hub:
         scores = [updates[player] for player in chosen]
         if len(chosen) < len(updates):
             scores.append(_skipped_message(len(updates) - len(chosen)))
+        lists = {limit: self._list_message(board, limit, delay_ms) for limit, _ in board.shards if changed[limit]}
         for (limit, all_scores), shards in list(board.shards.items()):
-            messages = [self._list_message(board, limit, delay_ms)] if changed[limit] else []
+            messages = [lists[limit]] if limit in lists else []
             if all_scores:
                 messages += scores
             if messages:

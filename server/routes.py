@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 import psycopg
 
-from server import metrics, web_files
+from server import metrics
 from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
 from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.config import Settings
@@ -27,7 +27,7 @@ from server.live import Live
 from server.pages import page_json
 from server.scores import Scores
 from server.uws import Handler, Request, Server
-from server.web_files import WebFile
+from server.web_files import WEB, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
 MAX_PLAYER: Final = 128
@@ -90,8 +90,8 @@ class Routes:
         self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard})
         for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz), ("/metrics", self.show_metrics)):
             self._route(path, {"GET": handler, "HEAD": handler})
-        for file in web_files.load(self._settings.boards, self._default_board):
-            self._route(file.path, {"GET": self._file(file), "HEAD": self._file(file)})
+        for path, file in read_files(WEB, self._settings.boards).items():
+            self._route(path, {"GET": file.answer, "HEAD": file.answer})
         self._route("/live-updates", {}, upgrade=True)
         server.route("/*", {"*": self._with_cors(self.unknown)})
 
@@ -299,16 +299,6 @@ class Routes:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    @staticmethod
-    def _file(file: WebFile) -> Handler:
-        """GET a file of the live page."""
-
-        def send(request: Request) -> None:
-            head, body = file.answer(request.header(b"accept-encoding"), request.header(b"if-none-match"))
-            request.answer(head, body, file.content_type)
-
-        return send
 
     def _gauges(self) -> dict[str, tuple[str, float]]:
         scores, live = self.scores, self.live

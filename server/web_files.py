@@ -1,85 +1,130 @@
-"""The live page's files: read, filled in and compressed once at the start, answered from memory.
+"""The files of the live page: read once at start, kept by browsers for as long as they do not change.
 
-Knows of HTTP what a file needs (encodings, validators, the page's policy) and nothing of sockets or scores.
+Knows paths, types, encodings and what a page may do; nothing of scores.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
+import html
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-_WEB: Final = Path(__file__).with_name("web")
-_INDEX: Final = "index.html"
-_BOARDS: Final = b'<meta name="boards" content="">'
+from server.errors import ScoreboardError
+from server.uws import Request
+
+WEB: Final = Path(__file__).with_name("web")
+BOARDS_MARK: Final = b'<meta name="boards" content="">'
+"""What index.html has where the names of the boards belong."""
+
+# A type that is not here is refused at start: with nosniff, a browser would do nothing with such a file. The
+# system's own table would do for most, and differs between machines.
 _TYPES: Final = {
     ".css": b"text/css; charset=utf-8",
     ".html": b"text/html; charset=utf-8",
+    ".ico": b"image/x-icon",
     ".js": b"text/javascript; charset=utf-8",
-    ".svg": b"image/svg+xml; charset=utf-8",
+    ".json": b"application/json",
+    ".mjs": b"text/javascript; charset=utf-8",
+    ".png": b"image/png",
+    ".svg": b"image/svg+xml",
+    ".txt": b"text/plain; charset=utf-8",
+    ".webmanifest": b"application/manifest+json",
+    ".woff2": b"font/woff2",
 }
 
-# 'self' covers ws: and wss: to the same host (CSP 3); Safari before 15.4 does not see it that way, and allowing
-# `ws: wss:` for its sake would allow every host. Trusted Types make the browser refuse to turn text into markup.
+# 'self' covers a WebSocket to the same host (CSP 3). Safari before 15.4 (2022) does not think so and shows no live
+# board: naming the host would mean to trust the Host header, or the proxy in front to leave it alone. Trusted Types
+# have the browser itself refuse to make markup of a text, whatever the page's script tries.
 POLICY: Final = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; connect-src 'self'; "
+    b"manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    b"require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
-# Every file is asked for again and answered with 304: a page never runs with one old file among new ones.
-_HEADERS: Final = (
-    "\r\nCache-Control: no-cache\r\nVary: Accept-Encoding\r\nX-Content-Type-Options: nosniff"
-    f"\r\nReferrer-Policy: no-referrer\r\nContent-Security-Policy: {POLICY}"
-).encode()
+# no-cache: kept, but asked for each time; most answers are then a 304, and a new release is seen at once.
+_ALWAYS: Final = (
+    b"\r\nCache-Control: no-cache\r\nVary: Accept-Encoding\r\nX-Content-Type-Options: nosniff"
+    b"\r\nReferrer-Policy: no-referrer\r\nCross-Origin-Opener-Policy: same-origin\r\nContent-Security-Policy: " + POLICY
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Encoded:
+    """A file as it is sent: `lines` are header lines of its encoding, each after a CRLF."""
+
+    body: bytes
+    etag: bytes
+    lines: bytes = b""
 
 
 class WebFile:
-    """One file, in two encodings; each has a validator of its own, as strong ones must (RFC 9110, 8.8.1)."""
+    """One file, plain and, where that is smaller, compressed."""
 
-    def __init__(self, path: str, content_type: bytes, content: bytes) -> None:
-        self.path = path
+    def __init__(self, content: bytes, content_type: bytes) -> None:
         self.content_type = content_type
-        self._plain = content
-        self._gzip = gzip.compress(content, mtime=0)  # the same bytes, so the same validator, at every start
-        digest = hashlib.sha256(content).hexdigest()[:20]
-        self._plain_tag = f'"{digest}"'.encode()
-        self._gzip_tag = f'"{digest}-gzip"'.encode()
+        digest = hashlib.sha256(content).hexdigest()[:32].encode()
+        self.plain = Encoded(content, b'"%s"' % digest)
+        self.gzipped: Encoded | None = None
+        compressed = gzip.compress(content, 9, mtime=0)
+        if len(compressed) < len(content):
+            # A strong ETag stands for bytes, and these are others.
+            self.gzipped = Encoded(compressed, b'"%s-gz"' % digest, b"\r\nContent-Encoding: gzip")
 
-    def answer(self, accept_encoding: bytes, if_none_match: bytes) -> tuple[bytes, bytes | None]:
-        """(status line with headers, body) for these request headers; no body when the client has it already."""
-        body, tag, encoding = self._plain, self._plain_tag, b""
-        if _accepts_gzip(accept_encoding):
-            body, tag, encoding = self._gzip, self._gzip_tag, b"\r\nContent-Encoding: gzip"
-        headers = b"\r\nETag: " + tag + _HEADERS
-        if _matches(if_none_match, tag):
-            return b"304 Not Modified" + headers, None
-        return b"200 OK" + headers + encoding, body
+    def answer(self, request: Request) -> None:
+        """Answer GET or HEAD: 200, or 304 when the client has it."""
+        encoded = self.plain
+        if self.gzipped and accepts_gzip(request.joined_header(b"accept-encoding")):
+            encoded = self.gzipped
+        shared = b"\r\nETag: " + encoded.etag + _ALWAYS
+        if matches(request.joined_header(b"if-none-match"), encoded.etag):
+            request.answer(b"304 Not Modified" + shared, None, b"")
+        else:
+            request.answer(b"200 OK" + shared + encoded.lines, encoded.body, self.content_type)
 
 
-def load(boards: tuple[str, ...], default_board: str) -> list[WebFile]:
-    """Every file of the page; index.html at `/`, with the boards there are in it, the default one first."""
-    names = [default_board, *(board for board in boards if board != default_board)]
-    files = []
-    for file in sorted(_WEB.iterdir()):
-        content, path = file.read_bytes(), f"/{file.name}"
-        if file.name == _INDEX:
-            assert _BOARDS in content, f"expected {_BOARDS.decode()} in {_INDEX}"
-            # Filled in here rather than asked for: one request less before the first row, and no endpoint to cache.
-            content, path = content.replace(_BOARDS, _BOARDS.replace(b'""', f'"{",".join(names)}"'.encode())), "/"
-        files.append(WebFile(path, _TYPES[file.suffix], content))
+def read_files(web: Path, boards: Sequence[str]) -> dict[str, WebFile]:
+    """Every file below `web` by its path in a URL; index.html is `/`, and knows the names of the boards.
+
+    Raises ScoreboardError for a file that cannot be served.
+    """
+    files = {}
+    for file in sorted(web.rglob("*")):
+        name = file.relative_to(web).as_posix()
+        if file.is_dir() or file.name.startswith("."):  # an editor's
+            continue
+        content_type = _TYPES.get(file.suffix)
+        if content_type is None:
+            raise ScoreboardError(f"{file}: expected one of {', '.join(_TYPES)}")
+        content = file.read_bytes()
+        if name == "index.html":
+            files["/"] = WebFile(_with_boards(content, boards), content_type)
+        else:
+            files[f"/{name}"] = WebFile(content, content_type)
     return files
 
 
-def _accepts_gzip(accept_encoding: bytes) -> bool:
+def _with_boards(page: bytes, boards: Sequence[str]) -> bytes:
+    if page.count(BOARDS_MARK) != 1:
+        raise ScoreboardError(f"index.html: expected one {BOARDS_MARK.decode()}, got {page.count(BOARDS_MARK)}")
+    filled = f'<meta name="boards" content="{html.escape(",".join(boards))}">'
+    return page.replace(BOARDS_MARK, filled.encode())
+
+
+def accepts_gzip(accept_encoding: bytes) -> bool:
+    """Whether an Accept-Encoding allows gzip (RFC 9110, 12.5.3)."""
+    weights = {}
     for each in accept_encoding.lower().split(b","):
-        coding, _, weight = each.replace(b" ", b"").partition(b";q=")
-        if coding == b"gzip":
-            return weight.strip(b"0.") != b"" or not weight
-    return False
+        coding, _, weight = each.partition(b";")
+        weights[coding.strip()] = weight.replace(b" ", b"")
+    asked = weights.get(b"gzip", weights.get(b"*"))
+    return asked is not None and not re.fullmatch(rb"q=0(\.0*)?", asked)
 
 
-def _matches(if_none_match: bytes, tag: bytes) -> bool:
-    """Weakly, as If-None-Match is compared (RFC 9110, 13.1.2)."""
-    tags = [each.strip().removeprefix(b"W/") for each in if_none_match.split(b",")]
-    return tag in tags or b"*" in tags
+def matches(if_none_match: bytes, etag: bytes) -> bool:
+    """Whether an If-None-Match names the ETag, weakly or not, among others, or as `*` (RFC 9110, 13.1.2)."""
+    return if_none_match.strip() == b"*" or etag in re.findall(rb'"[^"]*"', if_none_match)

@@ -43,10 +43,10 @@ SILENT_AFTER_S: Final = 5.0
 """How long Kafka may confirm nothing of what is owed before that is worth a line in the log."""
 
 LONGEST_GATHER_S: Final = 0.02
-GATHER_S_PER_RATE: Final = 0.002 / 1000
-"""Entries gather for 2 ms per 1000 events/s, 20 ms at most: a lone event leaves at once, while a load costs fewer
+GATHER_S_PER_RATE: Final = 0.01 / 1000
+"""Entries gather for 10 ms per 1000 events/s, 20 ms at most: a lone event leaves at once, while a load costs fewer
 reads, and fewer requests to the broker, than it has entries. (A request carries one partition, and costs the broker
-far more than the events in it.)"""
+far more than the events in it: at 2,000/s it used 0.48 of a core with 2 ms, 0.35 with 5 ms, 0.23 with 10 ms.)"""
 
 TRIM_EVERY_S: Final = 0.02
 LOOK_EVERY_S: Final = 0.005

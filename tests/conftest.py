@@ -11,6 +11,7 @@ import pytest
 import redis as redis_client
 
 from server.embedded import PostgresServer, RedisServer, Service
+from tests.browser import Chromium, axe_source
 from tests.services import KafkaBroker, UnavailableError
 from tests.timescale import TimescaleServer
 
@@ -111,3 +112,22 @@ def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def kafka_topic(kafka_broker: KafkaBroker) -> str:
     """The name of a topic that is not there yet."""
     return f"score-updates-{next(_numbers)}"
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """One browser for all tests; each page of it has storage of its own."""
+    try:
+        browser = Chromium(tmp_path_factory.mktemp("chromium"))
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    yield from _running(browser)
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The source of axe-core, for `page.violations(axe)`."""
+    try:
+        return axe_source()
+    except UnavailableError as error:
+        pytest.skip(str(error))

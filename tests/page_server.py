@@ -15,8 +15,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 from websockets.sync.server import ServerConnection, serve
 
-from server import web_files
 from server.embedded import ADDRESS
+from server.web_files import WEB, read_files
 
 BOARDS = ("main", "weekly")
 TIMEOUT_S = 10.0
@@ -57,11 +57,28 @@ class Visitor:
             pass
 
 
+class Exchange:
+    """What a file needs of server.uws.Request: a browser that sends no headers, and an answer."""
+
+    def joined_header(self, _name: bytes) -> bytes:
+        """Nothing."""
+        return b""
+
+    def answer(self, head: bytes, body: bytes, content_type: bytes) -> None:
+        """Take the answer."""
+        _, *lines = head.decode().split("\r\n")
+        headers = Headers(line.split(": ", 1) for line in lines)
+        headers["Content-Type"] = content_type.decode()
+        headers["Content-Length"] = str(len(body))
+        headers["Connection"] = "close"
+        self.response = Response(200, "OK", headers, body)
+
+
 class PageServer:
     """Serves until it is stopped; whoever connects waits to be welcomed."""
 
     def __init__(self) -> None:
-        self._files = {file.path: file for file in web_files.load(BOARDS, BOARDS[0])}
+        self._files = read_files(WEB, BOARDS)
         self._visitors: queue.Queue[Visitor] = queue.Queue()
         self._server = serve(self._visit, ADDRESS, 0, process_request=self._answer)
         self._thread = threading.Thread(target=self._server.serve_forever, name="page server")
@@ -90,13 +107,11 @@ class PageServer:
         visitor.listen()
 
     def _answer(self, _connection: ServerConnection, request: Request) -> Response | None:
-        file = self._files.get(request.path.partition("?")[0])
-        if file is None:
-            return None if request.path.startswith("/live-updates") else Response(404, "Not Found", Headers())
-        head, body = file.answer(b"gzip", b"")
-        _, *lines = head.decode().split("\r\n")
-        headers = Headers(line.split(": ", 1) for line in lines)
-        headers["Content-Type"] = file.content_type.decode()
-        headers["Content-Length"] = str(len(body or b""))
-        headers["Connection"] = "close"
-        return Response(200, "OK", headers, body or b"")
+        path = request.path.partition("?")[0]
+        if path == "/live-updates":
+            return None
+        if path not in self._files:
+            return Response(404, "Not Found", Headers())
+        exchange = Exchange()
+        self._files[path].answer(exchange)
+        return exchange.response

@@ -20,7 +20,6 @@ NEVER = {
     "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},
     "fences": {"asyncio", "time", "confluent_kafka"},
     "replay": {"asyncio", "time", "redis_connection", "hiredis", "confluent_kafka", "kafka_tail"},
-    "web_files": {"server", "asyncio"},
     "supervisor": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},

@@ -28,7 +28,7 @@ const numbers = new Intl.NumberFormat();
 const boards = document.querySelector('meta[name="boards"]').content.split(",");
 const address = new URLSearchParams(location.search);
 const wish = {
-  board: boards.includes(address.get("board")) ? address.get("board") : boards[0],
+  board: [address.get("board"), "main"].find((board) => boards.includes(board)) ?? boards[0],
   limit: LIMITS.includes(address.get("limit")) ? address.get("limit") : LIMITS[0],
 };
 
