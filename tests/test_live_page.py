@@ -309,7 +309,7 @@ def test_pinned_player_is_subscribed_to_and_outlives_a_reload(page: Page, stand_
     assert query_of(visitor)["players"] == "bob"
     visitor.show(("ann", 30))
     visitor.say("scoreUpdate", board="main", playerId="bob", newScore=20)
-    page.wait("document.querySelector('#pins li').innerText.trim() === 'bob\\n20'")
+    page.wait("document.querySelector('#pins li')?.innerText.trim() === 'bob\\n20'")
     page.evaluate("document.querySelector('#pins button').click()")
     assert visitor.heard() == {"type": "unsubscribe", "players": ["bob"]}
     page.wait("document.querySelectorAll('#pins li').length === 0")
@@ -494,6 +494,7 @@ def test_every_control_is_reached_and_works_with_the_keyboard(page: Page, stand_
     page.evaluate("document.querySelector('#pins button').focus()")
     page.press("Enter")
     page.wait("document.querySelectorAll('#pins li').length === 1")
+    assert page.evaluate(focus) == "Unpin bob"
 
 
 def test_focus_stays_on_a_row_that_moves(page: Page, stand_in: PageServer) -> None:
@@ -550,7 +551,7 @@ def test_live_region_says_a_sentence_in_ten_seconds_at_most(page: Page, stand_in
         page.wait(f"{row(leader)}.querySelector('.total').textContent === '{score}'")
     page.wait("window.said.length >= 2", 25)
     (first, told), (second, then) = page.evaluate("window.said.slice(0, 2)")
-    assert second - first >= 10_000
+    assert second - first > 9_990  # timers may be early by a hair
     assert told in ("bob leads with 101", "bob is now 1, with 101")
     assert then == "bob leads with 159"
 

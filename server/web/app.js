@@ -180,6 +180,7 @@ element("find").addEventListener("submit", (event) => {
     element("found").textContent = refusal;
     return;
   }
+  if (document.activeElement === element("pin")) element("name").focus(); // the button is about to go
   element("name").value = "";
   find("");
 });
