@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import urllib.parse
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -21,19 +19,19 @@ from server.auth import Authenticator, ClientAddress
 from server.config import Settings
 from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
-from server.hub import Hub, Publish, Read, Send, Shard, Watcher, error_message, status_message
+from server.hub import Hub, Publish, Read, Send, Shard, Watcher
 from server.keys import Keys
+from server.messages import error_message, status_message
 from server.pages import entries_of
 from server.scores import Scores
+from server.subscription import Unsubscribe, check_players, decode_message, parse_query
 from server.uws import Request, SendStatus, Socket
 
-LIMITS: Final = (10, 25, 50, 100)
-MAX_NAMED: Final = 100
 MAX_ERRORS: Final = 20
 """Client messages that make no sense before the connection is closed."""
 
 COMING_BACK_PER_S: Final = 2000
-"""Connections that may come back in a second after a restart: a quarter of what was measured."""
+"""Connections that may come back in a second after a restart: a quarter of what a busy machine can take."""
 
 MAX_FLUSH_BYTES: Final = 1 << 20
 """The most one flush may add to a connection that is just below the high-water mark."""
@@ -50,17 +48,6 @@ STALE_OUTBOX_MS: Final = 2000
 """Age of the outbox's oldest entry at which events count as not arriving."""
 
 _log = logging.getLogger(__name__)
-
-
-class _Subscribe(msgspec.Struct, tag_field="type", tag="subscribe"):
-    players: list[str]
-
-
-class _Unsubscribe(msgspec.Struct, tag_field="type", tag="unsubscribe"):
-    players: list[str]
-
-
-_decode_message = msgspec.json.Decoder(_Subscribe | _Unsubscribe).decode
 
 
 class Live:
@@ -152,9 +139,9 @@ class Live:
             connection.end(CloseCode.POLICY_VIOLATION, b"too many messages")
             return
         try:
-            message = _decode_message(text)
+            message = decode_message(text)
             players = set(message.players)
-            if isinstance(message, _Unsubscribe):
+            if isinstance(message, Unsubscribe):
                 self._hub.unsubscribe(watcher, players)
                 return
             check_players(players | watcher.players)
@@ -339,37 +326,6 @@ class Live:
         shard = self._hub.lag(watcher, int(_now_ms()))
         if shard is not None:
             watcher.connection.unsubscribe(shard.topic)
-
-
-def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
-    """The watcher that `?board=&limit=&scores=&players=` describes.
-
-    Raises Problem 400 or 404.
-    """
-    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-    board = fields.get("board", boards[0] if "main" not in boards else "main")
-    if board not in boards:
-        raise Problem(404, f"board: expected one of {', '.join(boards)}, got {board[:80]!r}")
-    raw_limit = fields.get("limit", "10")
-    if not re.fullmatch(r"[0-9]{1,3}", raw_limit) or int(raw_limit) not in LIMITS:
-        raise Problem(400, f"limit: expected one of {', '.join(map(str, LIMITS))}, got {raw_limit[:80]!r}")
-    mode = fields.get("scores", "all")
-    if mode not in ("all", "none"):
-        raise Problem(400, f"scores: expected all or none, got {mode[:80]!r}")
-    players = {player for player in fields.get("players", "").split(",") if player}
-    try:
-        check_players(players)
-    except ValueError as error:
-        raise Problem(400, str(error)) from error
-    return Watcher(board, int(raw_limit), mode == "all", players)
-
-
-def check_players(players: set[str]) -> None:
-    """Raises ValueError when there are too many, or one is no player id."""
-    if len(players) > MAX_NAMED:
-        raise ValueError(f"players: expected at most {MAX_NAMED}, got {len(players)}")
-    if not all(1 <= len(player) <= 128 for player in players):
-        raise ValueError("players: expected ids of 1 to 128 characters")
 
 
 def _present(players: list[str], scores: list[bytes | None]) -> list[tuple[str, int]]:
