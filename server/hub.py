@@ -17,13 +17,13 @@ from server.messages import list_message, score_message, skipped_message
 Entry = tuple[str, int]
 """(player, score)"""
 
-SHARD_SIZE: Final = 250
+SHARD_SIZE: Final = 100
 """Watchers of one topic: publishing to one topic is one turn of the loop, and a POST waits for no more than that."""
 
 LAGGING_LIMIT_MS: Final = 30_000
 """A connection that lags longer than this is closed."""
 
-FLUSH_SHARE: Final = 0.5
+FLUSH_SHARE: Final = 0.7
 """Share of the loop's time that flushing may take; the interval stretches until it is kept."""
 
 MAX_SCORE_UPDATES: Final = 200
