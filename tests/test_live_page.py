@@ -235,10 +235,10 @@ def test_board_and_length_are_chosen_and_kept_in_the_address(page: Page, world: 
     world.add("weekly winner", 5, board="weekly")
     page.open(world.url)
     page.wait(f"{PLAYERS}.length === 10")
-    assert page.evaluate("[...document.getElementById('board').options].map((each) => each.value)") == [
-        "main",
-        "weekly",
-    ]
+    assert (
+        page.evaluate("[...document.getElementById('board').options].map(({ value }) => value).join()") == "weekly,main"
+    )
+    assert page.evaluate("document.getElementById('board').value") == "main"
     choose(page, "limit", "25")
     page.wait(f"{PLAYERS}.length === 25")
     choose(page, "board", "weekly")
@@ -309,7 +309,7 @@ def test_pinned_player_is_subscribed_to_and_outlives_a_reload(page: Page, stand_
     assert query_of(visitor)["players"] == "bob"
     visitor.show(("ann", 30))
     visitor.say("scoreUpdate", board="main", playerId="bob", newScore=20)
-    page.wait("document.querySelector('#pins li').innerText.trim() === 'bob\\n20'")
+    page.wait("document.querySelector('#pins li')?.innerText.trim() === 'bob\\n20'")
     page.evaluate("document.querySelector('#pins button').click()")
     assert visitor.heard() == {"type": "unsubscribe", "players": ["bob"]}
     page.wait("document.querySelectorAll('#pins li').length === 0")
@@ -371,8 +371,8 @@ def test_restart_is_waited_for_as_long_as_the_server_says(page: Page, stand_in: 
     visitor = visit(page, stand_in, ("ann", 30))
     visitor.close(1001, "restarting; reconnect within 100 s")
     page.wait(f"{STATE} === 'reconnecting'")
-    assert text_of(page, "state-detail") in ("in 100 s", "in 99 s")
-    assert page.evaluate("document.getElementById('state-detail').ariaHidden") == "true"
+    assert text_of(page, "countdown") in ("in 100 s", "in 99 s")
+    assert page.evaluate("document.getElementById('countdown').ariaHidden") == "true"
     page.evaluate("dispatchEvent(new Event('online'))")
     stand_in.welcome().show(("bob", 20))
     page.wait(f"{STATE} === 'live' && {PLAYERS}.join() === 'bob'")
@@ -384,7 +384,7 @@ def test_policy_violation_is_not_connected_to_again(page: Page, stand_in: PageSe
     page.evaluate("{ const later = setTimeout; window.setTimeout = (work) => later(work, 0); }")
     visitor.close(1008, "too many messages")
     page.wait(f"{STATE} === 'closed'")
-    assert text_of(page, "state") + ": " + text_of(page, "state-detail") == "Closed: too many messages"
+    assert text_of(page, "state") == "Closed: too many messages"
     page.evaluate("dispatchEvent(new Event('online')); new Promise((done) => setTimeout(() => setTimeout(done)))")
     assert stand_in.nobody_came
     choose(page, "limit", "25")
@@ -494,6 +494,7 @@ def test_every_control_is_reached_and_works_with_the_keyboard(page: Page, stand_
     page.evaluate("document.querySelector('#pins button').focus()")
     page.press("Enter")
     page.wait("document.querySelectorAll('#pins li').length === 1")
+    assert page.evaluate(focus) == "Unpin bob"
 
 
 def test_focus_stays_on_a_row_that_moves(page: Page, stand_in: PageServer) -> None:
@@ -550,7 +551,7 @@ def test_live_region_says_a_sentence_in_ten_seconds_at_most(page: Page, stand_in
         page.wait(f"{row(leader)}.querySelector('.total').textContent === '{score}'")
     page.wait("window.said.length >= 2", 25)
     (first, told), (second, then) = page.evaluate("window.said.slice(0, 2)")
-    assert second - first >= 10_000
+    assert second - first > 9_990  # timers may be early by a hair
     assert told in ("bob leads with 101", "bob is now 1, with 101")
     assert then == "bob leads with 159"
 
@@ -564,5 +565,5 @@ def test_state_is_told_when_it_changes_and_not_counted_down(page: Page, stand_in
             .observe(document.querySelector('[role=status]'), { childList: true, characterData: true, subtree: true });
     """)
     visitor.close(1001, "restarting; reconnect within 100 s")
-    page.wait("document.getElementById('state-detail').textContent === 'in 98 s'")
+    page.wait("document.getElementById('countdown').textContent === 'in 98 s'")
     assert page.evaluate("window.told") == ["Reconnecting"]

@@ -118,12 +118,14 @@ function tellLagging() {
 
 function show(state, detail) {
   const shown = state === "live" && performance.now() < laggingUntil ? "lagging" : state;
-  if (document.body.dataset.state !== shown) {
-    document.body.dataset.state = shown;
-    element("state").textContent = WORDS[shown];
-  }
-  // Apart from the state, which is read out when it changes: nobody wants to hear a countdown.
-  if (element("state-detail").textContent !== detail) element("state-detail").textContent = detail;
+  document.body.dataset.state = shown;
+  // What changes is read out: why it is closed belongs there, but nobody wants to hear a countdown.
+  put("state", shown === "closed" ? `${WORDS.closed}: ${detail}` : WORDS[shown]);
+  put("countdown", shown === "reconnecting" ? detail : "");
+}
+
+function put(id, text) {
+  if (element(id).textContent !== text) element(id).textContent = text;
 }
 
 function eachSecond() {
@@ -180,6 +182,7 @@ element("find").addEventListener("submit", (event) => {
     element("found").textContent = refusal;
     return;
   }
+  if (document.activeElement === element("pin")) element("name").focus(); // the button is about to go
   element("name").value = "";
   find("");
 });

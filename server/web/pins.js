@@ -44,7 +44,7 @@ export class Pins {
   remove(player) {
     this.players.delete(player);
     this.scores.delete(player);
-    this.items.get(player)?.element.remove();
+    this.items.get(player)?.leave();
     this.items.delete(player);
     this.keep();
     this.on.removed(player);
@@ -95,6 +95,13 @@ class Item {
     remove.setAttribute("aria-label", `Unpin ${player}`);
     remove.addEventListener("click", onRemove);
     this.element.append(this.rank, text("name", player), this.total, remove);
+  }
+
+  // Whoever works with the keyboard is led on to the next one.
+  leave() {
+    const next = this.element.nextElementSibling ?? this.element.previousElementSibling;
+    if (this.element.contains(document.activeElement)) next?.querySelector("button").focus();
+    this.element.remove();
   }
 
   show(score, rank, say) {
