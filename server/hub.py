@@ -12,59 +12,23 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final
 
-import msgspec
+from server.messages import list_message, score_message, skipped_message
 
 Entry = tuple[str, int]
 """(player, score)"""
 
-SHARD_SIZE: Final = 250
+SHARD_SIZE: Final = 100
 """Watchers of one topic: publishing to one topic is one turn of the loop, and a POST waits for no more than that."""
 
 LAGGING_LIMIT_MS: Final = 30_000
 """A connection that lags longer than this is closed."""
 
-FLUSH_SHARE: Final = 0.5
+FLUSH_SHARE: Final = 0.7
 """Share of the loop's time that flushing may take; the interval stretches until it is kept."""
 
 MAX_SCORE_UPDATES: Final = 200
 MAX_FRAMES: Final = 100_000
 """Most score updates of a flush for those who want all, and most frames (updates times watchers) they may make."""
-
-_encode = msgspec.json.Encoder().encode
-
-
-class _Score(msgspec.Struct, rename="camel", gc=False):
-    player_id: str
-    score: int
-
-
-class _LeaderboardUpdate(msgspec.Struct, rename="camel", tag_field="type", tag="leaderboardUpdate", omit_defaults=True):
-    board: str
-    seq: int
-    top_scores: list[_Score]
-    delay_ms: int | None = None
-    resync: bool = False
-
-
-class _ScoreUpdate(msgspec.Struct, rename="camel", tag_field="type", tag="scoreUpdate", gc=False):
-    board: str
-    player_id: str
-    new_score: int
-
-
-def status_message(live: bool) -> bytes:
-    """Tells watchers whether changes reach them as they happen."""
-    return _encode({"type": "status", "live": live})
-
-
-def _skipped_message(count: int) -> bytes:
-    """In a flood: this many players' scores changed and were not sent."""
-    return _encode({"type": "scoreUpdatesSkipped", "count": count})
-
-
-def error_message(detail: str) -> bytes:
-    """Answers a client message that cannot be understood."""
-    return _encode({"type": "error", "detail": detail})
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -299,7 +263,7 @@ class Hub:
         board = self._board(name)
         reading, board.reading = board.reading, set()
         updates = {
-            player: _encode(_ScoreUpdate(name, player, score))
+            player: score_message(name, player, score)
             for player in reading
             if (score := scores.get(player)) is not None
         }
@@ -360,8 +324,7 @@ class Hub:
     @staticmethod
     def _list_message(board: _Board, limit: int, delay_ms: int | None = None, *, resync: bool = False) -> bytes:
         each = board.lists[limit]
-        rows = [_Score(player, score) for player, score in each.entries or ()]
-        return _encode(_LeaderboardUpdate(board.name, each.seq, rows, delay_ms, resync))
+        return list_message(board.name, each.seq, each.entries or (), delay_ms, resync=resync)
 
     @staticmethod
     def _choose(board: _Board, changed: Collection[str], top: list[Entry]) -> set[str]:
@@ -383,7 +346,7 @@ class Hub:
     ) -> Iterator[Publish]:
         scores = [updates[player] for player in chosen]
         if len(chosen) < len(updates):
-            scores.append(_skipped_message(len(updates) - len(chosen)))
+            scores.append(skipped_message(len(updates) - len(chosen)))
         lists = {limit: self._list_message(board, limit, delay_ms) for limit, _ in board.shards if changed[limit]}
         for (limit, all_scores), shards in list(board.shards.items()):
             messages = [lists[limit]] if limit in lists else []
@@ -415,9 +378,7 @@ class Hub:
                     snapshots[watcher.limit] = self._list_message(board, watcher.limit)
                 messages.append(snapshots[watcher.limit])
             watcher.resync = False
-            messages += [
-                _encode(_ScoreUpdate(board.name, player, scores[player])) for player in asked if player in scores
-            ]
+            messages += [score_message(board.name, player, scores[player]) for player in asked if player in scores]
             if joining:
                 self._join_shard(board, watcher)
             yield Send(watcher, messages, joining)

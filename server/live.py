@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
-import urllib.parse
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -21,19 +19,19 @@ from server.auth import Authenticator, ClientAddress
 from server.config import Settings
 from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
-from server.hub import Hub, Publish, Read, Send, Shard, Watcher, error_message, status_message
+from server.hub import Hub, Publish, Read, Send, Shard, Watcher
 from server.keys import Keys
+from server.messages import error_message, status_message
 from server.pages import entries_of
 from server.scores import Scores
+from server.subscription import Unsubscribe, check_players, decode_message, parse_query
 from server.uws import Request, SendStatus, Socket
 
-LIMITS: Final = (10, 25, 50, 100)
-MAX_NAMED: Final = 100
 MAX_ERRORS: Final = 20
 """Client messages that make no sense before the connection is closed."""
 
 COMING_BACK_PER_S: Final = 2000
-"""Connections that may come back in a second after a restart: a quarter of what was measured."""
+"""Connections that may come back in a second after a restart: a quarter of what a busy machine can take."""
 
 MAX_FLUSH_BYTES: Final = 1 << 20
 """The most one flush may add to a connection that is just below the high-water mark."""
@@ -44,23 +42,15 @@ MESSAGE_BURST: Final = 100
 
 MAX_MESSAGE_BYTES: Final = 32_768
 IDLE_TIMEOUT_S: Final = 120
+SEND_S: Final = 0.000_005
+"""What sending to one subscriber of a topic takes: uWebSockets does it when the loop turns, beyond our timing."""
+
 TICK_S: Final = 1.0
 READ_RETRY_MS: Final = 250
 STALE_OUTBOX_MS: Final = 2000
 """Age of the outbox's oldest entry at which events count as not arriving."""
 
 _log = logging.getLogger(__name__)
-
-
-class _Subscribe(msgspec.Struct, tag_field="type", tag="subscribe"):
-    players: list[str]
-
-
-class _Unsubscribe(msgspec.Struct, tag_field="type", tag="unsubscribe"):
-    players: list[str]
-
-
-_decode_message = msgspec.json.Decoder(_Subscribe | _Unsubscribe).decode
 
 
 class Live:
@@ -152,9 +142,9 @@ class Live:
             connection.end(CloseCode.POLICY_VIOLATION, b"too many messages")
             return
         try:
-            message = _decode_message(text)
+            message = decode_message(text)
             players = set(message.players)
-            if isinstance(message, _Unsubscribe):
+            if isinstance(message, Unsubscribe):
                 self._hub.unsubscribe(watcher, players)
                 return
             check_players(players | watcher.players)
@@ -207,8 +197,7 @@ class Live:
         """Once a second: close who lags for too long, and never show a stale board as if it were live."""
         self._loop.call_later(TICK_S, self._tick)
         for watcher in self._hub.overdue(int(_now_ms())):
-            watcher.connection.end(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
-            watcher.connection.drop()
+            watcher.connection.dismiss(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
         self._sweeping = self._loop.create_task(self._sweep())
         oldest_ms = self._scores.outbox_oldest_ms
         stale = oldest_ms is not None and time.time() * 1000 - oldest_ms > STALE_OUTBOX_MS
@@ -274,7 +263,7 @@ class Live:
         self._schedule()
 
     async def _publish_boards(self, reads: list[Read], replies: Iterator[Any]) -> float:
-        """Send what the hub says, giving the loop away between shards; returns the ms that sending took."""
+        """Send what the hub says, giving the loop away between shards; returns the ms that sending takes of it."""
         busy_s = 0.0
         for read in reads:
             top = entries_of(next(replies))
@@ -282,6 +271,8 @@ class Live:
             turn_s = time.perf_counter()
             for number, step in enumerate(self._hub.publish(read.board, top, scores, int(time.time() * 1000))):
                 self._carry_out(step)
+                if isinstance(step, Publish):
+                    busy_s += len(step.shard.watchers) * SEND_S
                 if isinstance(step, Publish) or number % 50 == 49:
                     busy_s += time.perf_counter() - turn_s
                     await asyncio.sleep(0)
@@ -339,37 +330,6 @@ class Live:
         shard = self._hub.lag(watcher, int(_now_ms()))
         if shard is not None:
             watcher.connection.unsubscribe(shard.topic)
-
-
-def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
-    """The watcher that `?board=&limit=&scores=&players=` describes.
-
-    Raises Problem 400 or 404.
-    """
-    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-    board = fields.get("board", boards[0] if "main" not in boards else "main")
-    if board not in boards:
-        raise Problem(404, f"board: expected one of {', '.join(boards)}, got {board[:80]!r}")
-    raw_limit = fields.get("limit", "10")
-    if not re.fullmatch(r"[0-9]{1,3}", raw_limit) or int(raw_limit) not in LIMITS:
-        raise Problem(400, f"limit: expected one of {', '.join(map(str, LIMITS))}, got {raw_limit[:80]!r}")
-    mode = fields.get("scores", "all")
-    if mode not in ("all", "none"):
-        raise Problem(400, f"scores: expected all or none, got {mode[:80]!r}")
-    players = {player for player in fields.get("players", "").split(",") if player}
-    try:
-        check_players(players)
-    except ValueError as error:
-        raise Problem(400, str(error)) from error
-    return Watcher(board, int(raw_limit), mode == "all", players)
-
-
-def check_players(players: set[str]) -> None:
-    """Raises ValueError when there are too many, or one is no player id."""
-    if len(players) > MAX_NAMED:
-        raise ValueError(f"players: expected at most {MAX_NAMED}, got {len(players)}")
-    if not all(1 <= len(player) <= 128 for player in players):
-        raise ValueError("players: expected ids of 1 to 128 characters")
 
 
 def _present(players: list[str], scores: list[bytes | None]) -> list[tuple[str, int]]:

@@ -24,6 +24,7 @@ import os
 import secrets
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -59,6 +60,7 @@ BACKLOG: Final = 4096
 SEND_BUFFER_BYTES: Final = 65_536
 """SO_SNDBUF that accepted sockets inherit: it bounds what the kernel buffers for a client that never reads."""
 
+_NO_LINGER: Final = struct.pack("ii", 1, 0)
 EXCLUSIVE_PORT: Final = 1
 SHARED_PORT: Final = 0
 
@@ -295,10 +297,15 @@ class Socket:
         if self._ws is not None:
             lib.uws_ws_end(SSL, self._ws, int(code), reason, len(reason))
 
-    def drop(self) -> None:
-        """Close the connection now, without a goodbye."""
+    def dismiss(self, code: CloseCode, reason: bytes) -> None:
+        """`end`, for a client that may never read it: what it has not taken in the end is thrown away.
+
+        Otherwise the kernel keeps what is unsent for as long as the client's machine answers its probes.
+        """
         if self._ws is not None:
-            lib.uws_ws_close(SSL, self._ws)
+            with socket.socket(fileno=os.dup(_poll(_token(self._ws)))) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _NO_LINGER)
+        self.end(code, reason)
 
     def _closed(self) -> None:
         self._ws = None

@@ -49,7 +49,7 @@ POLICY: Final = (
 # no-cache: kept, but asked for each time; most answers are then a 304, and a new release is seen at once.
 _ALWAYS: Final = (
     b"\r\nCache-Control: no-cache\r\nVary: Accept-Encoding\r\nX-Content-Type-Options: nosniff"
-    b"\r\nReferrer-Policy: no-referrer\r\nCross-Origin-Opener-Policy: same-origin\r\nContent-Security-Policy: " + POLICY
+    b"\r\nReferrer-Policy: no-referrer\r\nContent-Security-Policy: " + POLICY
 )
 
 

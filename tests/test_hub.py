@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from server.hub import (
+    FLUSH_SHARE,
     LAGGING_LIMIT_MS,
     MAX_FRAMES,
     MAX_SCORE_UPDATES,
@@ -361,10 +362,10 @@ def test_first_change_after_a_pause_goes_out_at_once_and_the_next_waits(board: B
     assert board.hub.flush_delay_ms(now_ms=5000) == 0
 
 
-def test_interval_stretches_until_flushing_takes_half_of_the_time_and_shrinks_back(board: Board) -> None:
+def test_interval_stretches_until_flushing_keeps_to_its_share_of_the_time_and_shrinks_back(board: Board) -> None:
     board.join()
-    board.hub.end_flush(started_ms=0, busy_ms=65)
-    assert board.hub.flush_delay_ms(now_ms=65) == 65
+    board.hub.end_flush(started_ms=0, busy_ms=70)
+    assert board.hub.flush_delay_ms(now_ms=70) == pytest.approx(70 / FLUSH_SHARE - 70)
     board.hub.end_flush(started_ms=200, busy_ms=1)
     assert board.hub.flush_delay_ms(now_ms=201) == INTERVAL_MS - 1
 

@@ -98,7 +98,6 @@ def test_every_file_is_served_with_its_type_and_the_policy(page_server: ServerPr
     assert answer.headers["content-security-policy"] == POLICY
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["referrer-policy"] == "no-referrer"
-    assert answer.headers["cross-origin-opener-policy"] == "same-origin"
     assert answer.headers["cache-control"] == "no-cache"
     assert answer.headers["vary"] == "Accept-Encoding"
     assert "content-encoding" not in answer.headers

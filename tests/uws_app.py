@@ -59,8 +59,8 @@ class Events:
         elif command == b"end":
             connection.end(CloseCode.POLICY_VIOLATION, b"asked for")
             self.try_everything(connection)
-        elif command == b"drop":
-            connection.drop()
+        elif command == b"dismiss":
+            connection.dismiss(CloseCode.POLICY_VIOLATION, b"asked for")
             self.try_everything(connection)
         else:
             raise ValueError("received raises")
@@ -76,7 +76,7 @@ class Events:
         connection.subscribe(TOPIC)
         connection.unsubscribe(TOPIC)
         connection.end(CloseCode.GOING_AWAY, b"again")
-        connection.drop()
+        connection.dismiss(CloseCode.GOING_AWAY, b"again")
         self.seen["after_close"].append([connection.send(b"late").name, connection.buffered_bytes])
 
 
