@@ -221,7 +221,7 @@ def test_longest_names_and_largest_scores_fit_on_the_smallest_phone(page: Page, 
 
 def test_board_without_scores_says_so(page: Page, stand_in: PageServer) -> None:
     visitor = visit(page, stand_in)
-    assert page.evaluate("document.getElementById('empty').checkVisibility()")
+    page.wait("document.getElementById('empty').checkVisibility()")
     visitor.show(("ann", 1))
     page.wait(f"{PLAYERS}.length === 1 && !document.getElementById('empty').checkVisibility()")
 
