@@ -22,6 +22,7 @@ import msgspec
 import uvloop
 
 from bench.generator import commands, reply
+from bench.http_answer import complete
 from server.auth import issue
 from server.embedded import ADDRESS
 
@@ -176,24 +177,20 @@ class Poster(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio: an answer, or a piece of one."""
-        answer = self._answer = self._answer + data
-        head_end = answer.find(b"\r\n\r\n") + 4
-        if head_end < 4:
-            return
-        head = answer[:head_end].lower()
-        length_at = head.find(b"content-length:") + 15
-        if len(answer) < head_end + int(head[length_at : head.find(b"\r", length_at)]):
+        self._answer += data
+        answer = complete(self._answer)
+        if answer is None:
             return
         self._answer = b""
         posters, log = self._posters, self._posters.log
         posters.answered()
-        if head[9:12] == b"200":
+        if answer.status == 200:
             log.players.append(self._player)
-            log.new_scores.append(int(answer[answer.rindex(b":") + 1 : -1]))
+            log.new_scores.append(int(answer.body[answer.body.rindex(b":") + 1 : -1]))
             log.scheduled_ns.append(self._scheduled_ns)
             log.answered_ns.append(time.monotonic_ns())
         else:
-            posters.failed.append(answer.decode("latin-1"))
+            posters.failed.append((answer.head + answer.body).decode("latin-1"))
         posters.take(self)
 
 

@@ -21,6 +21,7 @@ from typing import Final, cast
 import msgspec
 import uvloop
 
+from bench.http_answer import complete
 from chaos.ledger import Ledger, player_name
 from server.auth import issue
 from server.embedded import ADDRESS
@@ -183,16 +184,12 @@ class Client(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio: an answer, or a piece of one."""
-        answer = self._answer = self._answer + data
-        head_end = answer.find(b"\r\n\r\n") + 4
-        if head_end < 4:
-            return
-        head = answer[:head_end].lower()
-        length_at = head.find(b"content-length:") + 15
-        if len(answer) < head_end + int(head[length_at : head.find(b"\r", length_at)]):
+        self._answer += data
+        answer = complete(self._answer)
+        if answer is None:
             return
         self._answer, self.sent_s = b"", None
-        self._take(int(head[9:12]), b"\r\nidempotent-replayed:" in head, answer[head_end:])
+        self._take(answer.status, b"\r\nidempotent-replayed:" in answer.head, answer.body)
 
     def _take(self, status: int, replayed: bool, body: bytes) -> None:
         update, figures = self.update, self._clients.figures
