@@ -6,12 +6,11 @@ of a real client are in another machine's memory.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from bench.processes import resident_bytes
-from tests.client import get
+from tests.client import metric
 from tests.services import ServerProcess
 from tests.wire import Wire
 
@@ -98,13 +97,6 @@ def _read_to_the_end(wire: Wire) -> int | None:
                 return int.from_bytes(payload[:2], "big")
     except (EOFError, ConnectionError):
         return None
-
-
-def metric(server: ServerProcess, name: str) -> float:
-    """A value of /metrics."""
-    found = re.search(rf"^{name} (\S+)$", get(server, "/metrics").body.decode(), re.MULTILINE)
-    assert found, f"no metric {name}"
-    return float(found[1])
 
 
 def kernel_bytes() -> int:

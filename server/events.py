@@ -42,9 +42,12 @@ FINGERPRINT_LENGTH: Final = 16
 MAX_SCORE: Final = 2**53 - 1
 """Largest |delta| and |score|: a sorted set keeps doubles, and so does JavaScript."""
 
+MAX_PLAYER: Final = 128
+"""Longest player id, in characters."""
+
 
 Score = Annotated[int, msgspec.Meta(ge=-MAX_SCORE, le=MAX_SCORE)]
-PlayerId = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+PlayerId = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_PLAYER)]
 
 
 class BadEvent(ScoreboardError):

@@ -11,6 +11,11 @@ import re
 MAIN_BOARD = "main"
 
 
+def default_board(boards: tuple[str, ...]) -> str:
+    """The board that is meant where none is named."""
+    return MAIN_BOARD if MAIN_BOARD in boards else boards[0]
+
+
 def encode_id(raw: str) -> str:
     """An id as it may stand between colons."""
     if ":" in raw or "%" in raw:

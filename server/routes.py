@@ -21,8 +21,8 @@ from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.config import Settings
 from server.database import TOP_LIMIT, Database
 from server.errors import Problem, not_applied
-from server.events import MAX_SCORE
-from server.keys import MAIN_BOARD, idempotency_name
+from server.events import MAX_PLAYER, MAX_SCORE
+from server.keys import default_board, idempotency_name
 from server.live import Live
 from server.pages import page_json
 from server.scores import Scores
@@ -30,7 +30,6 @@ from server.uws import Handler, Request, Server
 from server.web_files import WEB, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
-MAX_PLAYER: Final = 128
 MAX_IDEMPOTENCY_KEY: Final = 128
 PREFLIGHT_S: Final = 7200
 
@@ -69,7 +68,7 @@ class Routes:
         self._client = ClientAddress(settings.trusted_proxies)
         self._failures = FailureLimit(settings.auth_failures_per_minute)
         self._boards = frozenset(settings.boards)
-        self._default_board = MAIN_BOARD if MAIN_BOARD in settings.boards else settings.boards[0]
+        self._default_board = default_board(settings.boards)
         self._pages: dict[str, tuple[str, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_address = settings.rate_limit_by == "ip"

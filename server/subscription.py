@@ -12,12 +12,12 @@ from typing import Final
 import msgspec
 
 from server.errors import Problem
+from server.events import MAX_PLAYER
 from server.hub import Watcher
-from server.keys import MAIN_BOARD
+from server.keys import default_board
 
 LIMITS: Final = (10, 25, 50, 100)
 MAX_NAMED: Final = 100
-MAX_PLAYER: Final = 128
 
 
 class Subscribe(msgspec.Struct, tag_field="type", tag="subscribe"):
@@ -42,7 +42,7 @@ def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
     Raises Problem 400 or 404.
     """
     fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-    board = fields.get("board", MAIN_BOARD if MAIN_BOARD in boards else boards[0])
+    board = fields.get("board", default_board(boards))
     if board not in boards:
         raise Problem(404, f"board: expected one of {', '.join(boards)}, got {board[:80]!r}")
     raw_limit = fields.get("limit", "10")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import psycopg
@@ -48,6 +49,13 @@ def post_body(server: ServerProcess, body: bytes, **headers: str) -> Answer:
 def get(server: ServerProcess, path: str, **headers: str) -> Answer:
     """GET a path."""
     return once(server.port, "GET", path, **headers)
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    """A value of /metrics."""
+    found = re.search(rf"^{name} (\S+)$", get(server, "/metrics").body.decode(), re.MULTILINE)
+    assert found, f"no metric {name}"
+    return float(found[1])
 
 
 def board(server: ServerProcess, query: str = "limit=1000") -> dict[str, int]:

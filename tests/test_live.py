@@ -18,7 +18,7 @@ from confluent_kafka import Producer
 from server.embedded import RedisServer, free_port
 from server.events import ScoreEvent, encode_event
 from sync import topics
-from tests.client import assert_problem, connect, get, new_player, post, token, trust, wait_until_writable
+from tests.client import assert_problem, connect, get, metric, new_player, post, token, trust, wait_until_writable
 from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
 from tests.wire import Answer, Wire, once
 
@@ -463,12 +463,6 @@ def test_page_of_another_origin_may_not_watch(strict_server: ServerProcess, orig
 
 
 # ---------------------------------------------------------------------- slow clients
-
-
-def metric(server: ServerProcess, name: str) -> float:
-    found = re.search(rf"^{name} (\S+)$", get(server, "/metrics").body.decode(), re.MULTILINE)
-    assert found, f"no metric {name}"
-    return float(found[1])
 
 
 def test_client_that_stops_reading_lags_alone_and_gets_a_resync_when_it_reads_again(world: World) -> None:

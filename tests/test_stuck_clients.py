@@ -15,12 +15,12 @@ from typing import Final
 import pytest
 from confluent_kafka import Producer
 
-from bench.stuck import LAGGING, StuckClients, metric
+from bench.stuck import LAGGING, StuckClients
 from server import config
 from server.embedded import RedisServer, free_port
 from server.events import ScoreEvent, encode_event
 from sync.topics import ensure_topics
-from tests.client import connect, get, trust, wait_until_writable
+from tests.client import connect, get, metric, trust, wait_until_writable
 from tests.services import KafkaBroker, ServerProcess, wait_until
 from tests.wire import Wire
 
