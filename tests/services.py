@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from confluent_kafka import KafkaException
+from confluent_kafka import Consumer, KafkaException, Message
 from confluent_kafka.admin import AdminClient
 
 from server import config
@@ -39,6 +39,12 @@ def wait_until(condition: Callable[[], T], deadline_s: float = 10.0, message: st
             return value
         assert time.monotonic() < deadline, f"{message} (waited {deadline_s:g} s)"
         time.sleep(0.02)
+
+
+def next_record(consumer: Consumer) -> Message | None:
+    """The next record, if there is one soon; what a consumer says of a topic that is still being made is none."""
+    message = consumer.poll(0.1)
+    return None if message is None or message.error() else message
 
 
 class UnavailableError(Exception):

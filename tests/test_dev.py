@@ -24,7 +24,7 @@ import redis as redis_client
 from server.dev_screen import without_password
 from server.embedded import PostgresServer, RedisServer, free_port
 from server.supervisor import Child, alive
-from tests.services import ROOT, KafkaBroker, environment, wait_until
+from tests.services import ROOT, KafkaBroker, environment, next_record, wait_until
 
 pytestmark = [pytest.mark.redis, pytest.mark.postgres]
 
@@ -303,7 +303,7 @@ def test_named_kafka_replaces_the_embedded_one(dev: Callable[..., Dev], kafka_br
     try:
         where = [confluent_kafka.TopicPartition("named", partition, 0) for partition in range(8)]
         consumer.assign(where)
-        record = wait_until(lambda: consumer.poll(0.1))
+        record = wait_until(lambda: next_record(consumer))
         assert record is not None
         assert record.key() == b"player123"
     finally:

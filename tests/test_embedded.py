@@ -20,7 +20,7 @@ from confluent_kafka.cimpl import NewTopic
 from server import embedded
 from server.embedded import MockKafka, PostgresServer, RedisServer, ServiceError, free_port
 from server.supervisor import alive
-from tests.services import ROOT, KafkaBroker, wait_until
+from tests.services import ROOT, KafkaBroker, next_record, wait_until
 
 
 def client_of(server: RedisServer) -> redis_client.Redis:
@@ -190,7 +190,7 @@ def test_mock_kafka_carries_records_and_has_its_topics_from_the_start() -> None:
             {"bootstrap.servers": broker.brokers, "group.id": "test", "fetch.wait.max.ms": 10}
         )
         consumer.assign([confluent_kafka.TopicPartition("score-updates", 0, 0)])
-        record = wait_until(lambda: consumer.poll(0.1))
+        record = wait_until(lambda: next_record(consumer))
         assert (record.key(), record.value()) == (b"ann", b"5")
         consumer.close()
     finally:
