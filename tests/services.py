@@ -41,10 +41,14 @@ def wait_until(condition: Callable[[], T], deadline_s: float = 10.0, message: st
         time.sleep(0.02)
 
 
-def next_record(consumer: Consumer) -> Message | None:
-    """The next record, if there is one soon; what a consumer says of a topic that is still being made is none."""
-    message = consumer.poll(0.1)
-    return None if message is None or message.error() else message
+def next_record(consumer: Consumer, deadline_s: float = 20.0) -> Message:
+    """The next record; what a consumer says of a topic that is still being made, or of a lost connection, is none."""
+    deadline = time.monotonic() + deadline_s
+    while True:
+        message = consumer.poll(0.1)
+        if message is not None and message.error() is None:  # one without a value counts as false
+            return message
+        assert time.monotonic() < deadline, f"no record came within {deadline_s:g} s"
 
 
 class UnavailableError(Exception):

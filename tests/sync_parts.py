@@ -19,7 +19,7 @@ from server.kafka_tail import KafkaTail
 from sync.store import migrate
 from sync.topics import ensure_topics
 from sync.waiting import Stop
-from tests.services import KafkaBroker, next_record, wait_until
+from tests.services import KafkaBroker, next_record
 
 
 class Part(Protocol):
@@ -140,7 +140,7 @@ def records_of(settings: Settings, topic: str | None = None) -> list[Message]:
         consumer.assign([TopicPartition(name, partition, 0) for partition in ends])
         found: list[Message] = []
         while ends:
-            message = wait_until(lambda: next_record(consumer), 20, f"{name} did not yield all it has")
+            message = next_record(consumer)
             found.append(message)
             if message.offset() + 1 >= ends[message.partition()]:
                 del ends[message.partition()]
