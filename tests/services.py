@@ -42,13 +42,18 @@ def wait_until(condition: Callable[[], T], deadline_s: float = 10.0, message: st
 
 
 def next_record(consumer: Consumer, deadline_s: float = 20.0) -> Message:
-    """The next record; what a consumer says of a topic that is still being made, or of a lost connection, is none."""
-    deadline = time.monotonic() + deadline_s
+    """The next record; what a consumer says of a topic that is still being made is none.
+
+    Not for `wait_until`: a record without a value counts as false.
+    """
+    deadline, complaint = time.monotonic() + deadline_s, None
     while True:
         message = consumer.poll(0.1)
-        if message is not None and message.error() is None:  # one without a value counts as false
-            return message
-        assert time.monotonic() < deadline, f"no record came within {deadline_s:g} s"
+        if message is not None:
+            complaint = message.error()
+            if complaint is None:
+                return message
+        assert time.monotonic() < deadline, f"no record came within {deadline_s:g} s; last error: {complaint}"
 
 
 class UnavailableError(Exception):

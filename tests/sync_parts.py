@@ -19,7 +19,7 @@ from server.kafka_tail import KafkaTail
 from sync.store import migrate
 from sync.topics import ensure_topics
 from sync.waiting import Stop
-from tests.services import KafkaBroker, next_record
+from tests.services import KafkaBroker
 
 
 class Part(Protocol):
@@ -140,7 +140,9 @@ def records_of(settings: Settings, topic: str | None = None) -> list[Message]:
         consumer.assign([TopicPartition(name, partition, 0) for partition in ends])
         found: list[Message] = []
         while ends:
-            message = next_record(consumer)
+            message = consumer.poll(10)
+            assert message is not None, f"{name} did not yield all it has"
+            assert message.error() is None, message.error()
             found.append(message)
             if message.offset() + 1 >= ends[message.partition()]:
                 del ends[message.partition()]
