@@ -124,6 +124,8 @@ def test_update_goes_from_the_post_to_the_watchers_and_into_the_database(scorebo
         assert player.submit("player123", 125) == (200, {"playerId": "player123", "newScore": 125})
         messages = [json.loads(watcher.recv(5)) for _ in range(2)]
     player.close()
+    # How late it is, is known only of what happened after the server began to read the log.
+    assert all(0 <= message.pop("delayMs", 0) < 5000 for message in messages)
     assert messages == [
         {
             "type": "leaderboardUpdate",

@@ -65,7 +65,8 @@ export class Connection {
     const before = this.socket;
     this.delayMs = FIRST_DELAY_MS;
     this.start();
-    before?.close();
+    if (before?.readyState === WebSocket.CONNECTING) before.onopen = () => before.close(); // earlier, the browser warns
+    else before?.close();
   }
 
   follow(players) {
