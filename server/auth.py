@@ -75,10 +75,11 @@ class Authenticator:
         """
         caller = self._callers.get(authorization)
         if caller is None:
-            caller = self._verify(authorization)
-            if len(self._callers) >= CACHE_SIZE:
-                del self._callers[next(iter(self._callers))]
-            self._callers[authorization] = caller
+            scheme, _, token = authorization.partition(b" ")
+            caller = self._verify(scheme, token.strip())
+            if authorization == b"Bearer " + token.strip():
+                # Any other spelling is verified each time: blanks make thousands of headers out of one token.
+                self._remember(authorization, caller)
         if caller.expires_s <= time.time():
             self._callers.pop(authorization, None)
             raise _unauthorized("the token has expired")
@@ -94,12 +95,16 @@ class Authenticator:
             # RFC 7518, section 3.2: a key of the hash's size or larger.
             raise ConfigError(f"JWT_SECRET: expected at least {needed} bytes for {algorithm}, got {shortest or 'none'}")
 
-    def _verify(self, authorization: bytes) -> Caller:
-        scheme, _, token = authorization.partition(b" ")
+    def _remember(self, authorization: bytes, caller: Caller) -> None:
+        if len(self._callers) >= CACHE_SIZE:
+            del self._callers[next(iter(self._callers))]
+        self._callers[authorization] = caller
+
+    def _verify(self, scheme: bytes, token: bytes) -> Caller:
         if scheme.lower() != b"bearer" or not token:
             raise _unauthorized("expected an Authorization header with a Bearer token", given=False)
         try:
-            return self._claims_to_caller(self._claims(token.strip()))
+            return self._claims_to_caller(self._claims(token))
         except _BROKEN as error:
             raise _unauthorized(_reason(error)) from error
 
