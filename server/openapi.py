@@ -28,7 +28,7 @@ Errors are `application/problem+json` (RFC 9457). On every path: another method 
 
 The HTTP parser answers by itself, in HTML or by closing the connection, to what it does not read: header lines of
 more than 4 KiB (431), trailers behind a chunked body and absolute targets (505), more than 48 header lines, header
-names with an underscore."""
+names of more than letters, digits and hyphens, methods that are not of RFC 9110 and 5789."""
 
 Json = dict[str, Any]
 

@@ -215,12 +215,12 @@ class Routes:
     # ------------------------------------------------------------------ shared steps
 
     def _route(self, path: str, handlers: dict[str, Handler], *, upgrade: bool = False) -> None:
-        allowed = ", ".join([*handlers, "OPTIONS"])
+        allowed = ", ".join([*(("GET", "HEAD") if upgrade else handlers), "OPTIONS"])
 
         def other_method(request: Request) -> None:
             if request.method == "OPTIONS":
                 self._preflight(request)
-            elif upgrade:
+            elif upgrade and request.method in ("GET", "HEAD"):
                 raise Problem(426, "expected a WebSocket upgrade", headers=(("Upgrade", "websocket"),))
             else:
                 raise Problem(405, f"expected one of {allowed}", headers=(("Allow", allowed),))
