@@ -24,6 +24,9 @@ MAX_SUBJECT: Final = 128
 CACHE_SIZE: Final = 65_536
 """Verified tokens to remember; the oldest goes first."""
 
+MAX_TOKEN_BYTES: Final = 8192
+"""Longest token that is looked at: as much as common proxies let a header be."""
+
 WRITE_SCOPE: Final = "scores:write"
 FAILING_ADDRESSES: Final = 10_000
 
@@ -103,6 +106,8 @@ class Authenticator:
     def _verify(self, scheme: bytes, token: bytes) -> Caller:
         if scheme.lower() != b"bearer" or not token:
             raise _unauthorized("expected an Authorization header with a Bearer token", given=False)
+        if len(token) > MAX_TOKEN_BYTES:  # uWebSockets takes headers of 400 KB, when they arrive in one piece
+            raise _unauthorized(f"expected a token of at most {MAX_TOKEN_BYTES} bytes")
         try:
             return self._claims_to_caller(self._claims(token))
         except _BROKEN as error:

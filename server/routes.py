@@ -33,6 +33,8 @@ from server.web_files import WEB, WebFile, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
 PREFLIGHT_S: Final = 7200
+LONGEST_QUERY: Final = 128
+"""Longest query to remember, in characters: any that is asked for in earnest is shorter."""
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _OK: Final = b"200 OK"
@@ -150,7 +152,7 @@ class Routes:
         page = self._pages.get(query)
         if page is None:
             page = parse_page(query, self._settings.boards, self._default_board)
-            if len(self._pages) < TOP_LIMIT:
+            if len(self._pages) < TOP_LIMIT and len(query) <= LONGEST_QUERY:
                 self._pages[query] = page
         request.context = page
         self.scores.read_page(*page, request)
