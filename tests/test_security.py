@@ -30,7 +30,7 @@ from tests.client import (
     wait_until_writable,
 )
 from tests.services import JWT_SECRET, ServerProcess, SyncProcess, wait_until
-from tests.wire import Wire, once, request_bytes
+from tests.wire import Wire, request_bytes
 
 SLOW = 300
 """Slow clients; docs/security.md has the figures for 5,000."""
@@ -160,7 +160,7 @@ def test_million_characters_make_no_player(server: ServerProcess) -> None:
 
 
 def test_players_that_look_alike_are_others(server: ServerProcess) -> None:
-    latin, cyrillic, composed, decomposed = "ada", "аdа", "\u00e9", "e\u0301"
+    latin, cyrillic, composed, decomposed = "ada", "\u0430d\u0430", "\u00e9", "e\u0301"
     for score, player in enumerate((latin, cyrillic, composed, decomposed), 1):
         assert post(server, player, score).json()["newScore"] == score
         assert_problem(post(server, player, subject="mallory"), 403, "forbidden")
@@ -251,13 +251,13 @@ def test_no_secret_is_ever_written_whatever_fails(tmp_path: Path) -> None:
     }
     server, sync = ServerProcess(tmp_path, settings), SyncProcess(tmp_path, settings)
     with contextlib.ExitStack() as stack:
-        for process in (redis, server, sync):
-            stack.callback(process.stop)
+        for end in (redis.stop, server.stop, sync.kill):  # sync would wait for Kafka for ten more seconds
+            stack.callback(end)
         redis.launch()
         server.start()
         sync.launch()
-        wait_until(lambda: "WRONGPASS" in server.output_tail(1000) or "invalid" in server.output_tail(1000))
-        wait_until(lambda: sync.output_tail(1000).strip())
+        wait_until(lambda: "WRONGPASS" in server.output_tail(1000))
+        wait_until(lambda: "does not answer" in sync.output_tail(1000), 30)
         said = [get(server, path).body for path in ("/readyz", "/leaderboard", "/metrics", "/nowhere")]
         said += [post(server, "ann").body, post_body(server, b"{", Authorization=f"Bearer {url}").body]
         logs = server.output_tail(10_000) + sync.output_tail(10_000)
@@ -271,15 +271,13 @@ def test_no_secret_is_ever_written_whatever_fails(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("command", ["server", "sync"])
 def test_database_url_that_cannot_be_read_is_not_shown(tmp_path: Path, url: str, command: str) -> None:
-    settings = {"DATABASE_URL": url, "REDIS_PORT": str(free_port()), "KAFKA_BROKERS": f"127.0.0.1:{free_port()}"}
-    process = ServerProcess(tmp_path, settings) if command == "server" else SyncProcess(tmp_path, settings, "persister")
+    settings = {"DATABASE_URL": url}
+    process = ServerProcess(tmp_path, settings) if command == "server" else SyncProcess(tmp_path, settings)
     process.launch()
     try:
-        wait_until(lambda: not process.running or process.output_tail(1000).strip())
-        if isinstance(process, ServerProcess):
-            wait_until(lambda: not process.running or process.answers())
-            if process.running:
-                once(process.port, "GET", "/leaderboard")
+        wait_until(lambda: not process.running)
     finally:
         process.stop()
-    assert "sesame" not in process.output_tail(10_000)
+    assert process.status in (1, 2)
+    assert "DATABASE_URL: expected such as postgresql://" in process.output_tail(1000)
+    assert "sesame" not in process.output_tail(1000)
