@@ -281,3 +281,23 @@ def test_database_url_that_cannot_be_read_is_not_shown(tmp_path: Path, url: str,
     assert process.status in (1, 2)
     assert "DATABASE_URL: expected such as postgresql://" in process.output_tail(1000)
     assert "sesame" not in process.output_tail(1000)
+
+
+# ---------------------------------------------------------------------- clients that leave in the middle
+
+
+@pytest.mark.parametrize("path", ["/style.css", "/openapi.json", "/leaderboard?limit=0", "/nowhere"])
+@pytest.mark.parametrize("count", [2, 5, 300])
+def test_client_that_leaves_behind_pipelined_requests_harms_nobody(
+    server: ServerProcess, path: str, count: int
+) -> None:
+    """It ended the process: uWebSockets takes an answer that it cannot write for none, and aborts."""
+    for _ in range(10):
+        server.pause()
+        try:
+            with Wire(server.port) as wire:
+                wire.send(request_bytes("GET", path) * count)
+        finally:
+            server.resume()
+        assert wait_until(lambda: server.status_of("/healthz") == 200 or not server.running)
+        assert server.running, server.output_tail()
