@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server import events, routes, subscription
@@ -104,22 +104,22 @@ def test_any_record_is_an_event_or_refused(value: bytes) -> None:
         assert events.decode_event(value).version
 
 
+def _packed(value: Any) -> bytes:
+    """The value in MessagePack, or nothing where that cannot hold it: half a surrogate pair, integers over 64 bits."""
+    try:
+        return msgspec.msgpack.encode(value)
+    except (UnicodeEncodeError, OverflowError):
+        return b""
+
+
 @fuzz
-@given(st.binary(max_size=200) | anything.map(lambda value: msgspec.msgpack.encode(_plain(value))))
+@example(_packed([float("inf"), "a"]))  # it was no BadEvent
+@given(st.binary(max_size=200) | anything.map(_packed))
 def test_any_outbox_entry_is_a_batch_or_refused(payload: bytes) -> None:
     with contextlib.suppress(BadEvent):
         events.events_of_entry("1-0", payload)
     with contextlib.suppress(BadEvent):
         events.memories_of_entry(payload)
-
-
-def _plain(value: Any) -> Any:
-    """What MessagePack can hold."""
-    text = json.dumps(value).encode()
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return None
 
 
 # ---------------------------------------------------------------------- a real server
@@ -169,9 +169,9 @@ def harmed(rng: random.Random) -> bytes:
     """Some requests behind each other, cut, repeated, with bytes changed."""
     data = bytearray(b"".join(rng.choices(requests(rng), k=rng.randrange(1, 4))))
     for _ in range(rng.randrange(4)):
-        at = rng.randrange(len(data))
+        at = rng.randrange(max(1, len(data)))
         kind = rng.randrange(4)
-        if kind == 0:
+        if kind == 0 and data:
             data[at] = rng.randrange(256)
         elif kind == 1:
             data[at:at] = rng.choice([b"\r\n", b"\0", b":", b" ", b"\xff" * 9, b"a" * 5000, rng.randbytes(9)])
