@@ -5,9 +5,10 @@
 # make bench-live  the live board with many watchers: CLIENTS=1000 RATE=2000 SECONDS=20 SCORES=all STUCK=500. Its last
 #             line is one JSON object; without CLIENTS it prints a table and the last line is a list of such objects
 # make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses|outages
+# make audit  known holes in what is installed (asks PyPI), and docs/licences.md made anew
 # Each sets up .venv first, where needed.
 
-.PHONY: run test check bench bench-live chaos setup setup-tests
+.PHONY: run test check bench bench-live chaos audit setup setup-tests
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
@@ -31,6 +32,12 @@ bench-live: setup
 
 chaos: setup
 	@.venv/bin/python -m chaos $(CHAOS_ARGS)
+
+# --strict: a package that could not be looked up is a failure, not a pass.
+audit:
+	@scripts/setup.sh embedded,test,audit
+	.venv/bin/python scripts/licences.py >docs/licences.md
+	.venv/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r constraints.txt
 
 setup:
 	@scripts/setup.sh embedded,test

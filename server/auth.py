@@ -24,6 +24,9 @@ MAX_SUBJECT: Final = 128
 CACHE_SIZE: Final = 65_536
 """Verified tokens to remember; the oldest goes first."""
 
+MAX_TOKEN_BYTES: Final = 8192
+"""Longest token that is looked at: as much as common proxies let a header be."""
+
 WRITE_SCOPE: Final = "scores:write"
 FAILING_ADDRESSES: Final = 10_000
 
@@ -75,10 +78,11 @@ class Authenticator:
         """
         caller = self._callers.get(authorization)
         if caller is None:
-            caller = self._verify(authorization)
-            if len(self._callers) >= CACHE_SIZE:
-                del self._callers[next(iter(self._callers))]
-            self._callers[authorization] = caller
+            scheme, _, token = authorization.partition(b" ")
+            caller = self._verify(scheme, token.strip())
+            if authorization == b"Bearer " + token.strip():
+                # Any other spelling is verified each time: blanks make thousands of headers out of one token.
+                self._remember(authorization, caller)
         if caller.expires_s <= time.time():
             self._callers.pop(authorization, None)
             raise _unauthorized("the token has expired")
@@ -94,12 +98,18 @@ class Authenticator:
             # RFC 7518, section 3.2: a key of the hash's size or larger.
             raise ConfigError(f"JWT_SECRET: expected at least {needed} bytes for {algorithm}, got {shortest or 'none'}")
 
-    def _verify(self, authorization: bytes) -> Caller:
-        scheme, _, token = authorization.partition(b" ")
+    def _remember(self, authorization: bytes, caller: Caller) -> None:
+        if len(self._callers) >= CACHE_SIZE:
+            del self._callers[next(iter(self._callers))]
+        self._callers[authorization] = caller
+
+    def _verify(self, scheme: bytes, token: bytes) -> Caller:
         if scheme.lower() != b"bearer" or not token:
             raise _unauthorized("expected an Authorization header with a Bearer token", given=False)
+        if len(token) > MAX_TOKEN_BYTES:  # uWebSockets takes headers of 400 KB, when they arrive in one piece
+            raise _unauthorized(f"expected a token of at most {MAX_TOKEN_BYTES} bytes")
         try:
-            return self._claims_to_caller(self._claims(token.strip()))
+            return self._claims_to_caller(self._claims(token))
         except _BROKEN as error:
             raise _unauthorized(_reason(error)) from error
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import psycopg.conninfo
+
 from server.errors import ConfigError
 
 MIN_SECRET_BYTES: Final = 32
@@ -100,6 +102,15 @@ def _networks(raw: str) -> tuple[str, ...]:
     except ValueError:
         raise ValueError("addresses or networks such as 10.0.0.0/8, separated by commas") from None
     return networks
+
+
+def _database_url(raw: str) -> str:
+    # What cannot be read here would be repeated, password and all, by whoever tries to connect with it.
+    try:
+        psycopg.conninfo.conninfo_to_dict(raw)
+    except psycopg.Error:
+        raise ValueError("such as postgresql://user:password@host:5432/name, with % as %25") from None
+    return raw
 
 
 def _setting(variable: str, parse: Callable[[str], Any], default: Any, why: str, *, secret: bool = False) -> Any:
@@ -204,7 +215,7 @@ class Settings:
 
     database_url: str = _setting(
         "DATABASE_URL",
-        _text,
+        _database_url,
         "postgresql://127.0.0.1:5432/scoreboard",
         "PostgreSQL 14 or newer, or TimescaleDB",
         secret=True,

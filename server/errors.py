@@ -54,6 +54,9 @@ _PROBLEM_TYPES: Final = {
     503: "not-applied",
 }
 
+PROBLEM_KINDS: Final = (*_PROBLEM_TYPES.values(), "outcome-unknown", "unavailable")
+"""The last part of every problem `type` there is."""
+
 
 class Problem(ScoreboardError):
     """An answer of `application/problem+json` (RFC 9457).

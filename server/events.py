@@ -141,5 +141,5 @@ def memories_of_entry(payload: bytes | None) -> dict[int, str]:
     try:
         fields = iter(_decode_entry(payload))
         return {int(index): str(memory) for index, memory in zip(fields, fields, strict=True)}
-    except (msgspec.DecodeError, ValueError, TypeError) as error:
+    except (msgspec.DecodeError, ValueError, TypeError, OverflowError) as error:
         raise BadEvent(str(error)) from error

@@ -18,20 +18,23 @@ import psycopg
 from server import metrics
 from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
 from server.batches import IdempotencyKey, Outcome, fingerprint
+from server.bodies import Change, Result
 from server.config import Settings
 from server.database import TOP_LIMIT, Database
 from server.errors import Problem, not_applied
 from server.events import MAX_PLAYER, MAX_SCORE
 from server.keys import default_board, idempotency_name
 from server.live import Live
+from server.openapi import MAX_IDEMPOTENCY_KEY, OPENAPI_PATH, document
 from server.pages import page_json
 from server.scores import Scores
-from server.uws import Handler, Request, Server
-from server.web_files import WEB, read_files
+from server.uws import JSON, Handler, Request, Server
+from server.web_files import WEB, WebFile, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
-MAX_IDEMPOTENCY_KEY: Final = 128
 PREFLIGHT_S: Final = 7200
+LONGEST_QUERY: Final = 128
+"""Longest query to remember, in characters: any that is asked for in earnest is shorter."""
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _OK: Final = b"200 OK"
@@ -41,20 +44,7 @@ _FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
 _EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
 
 
-class _Change(msgspec.Struct, rename="camel", gc=False):
-    """The body of POST /update-score."""
-
-    player_id: str
-    score_delta: int
-    board: str = ""
-
-
-class _Result(msgspec.Struct, rename="camel", gc=False):
-    player_id: str
-    new_score: int
-
-
-_decode_change = msgspec.json.Decoder(_Change).decode
+_decode_change = msgspec.json.Decoder(Change).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -89,7 +79,10 @@ class Routes:
         self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard})
         for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz), ("/metrics", self.show_metrics)):
             self._route(path, {"GET": handler, "HEAD": handler})
-        for path, file in read_files(WEB, self._settings.boards).items():
+        files = read_files(WEB, self._settings.boards)
+        types = {path: file.content_type.decode() for path, file in files.items()}
+        files[OPENAPI_PATH] = WebFile(document(self._settings.boards, types), JSON)
+        for path, file in files.items():
             self._route(path, {"GET": file.answer, "HEAD": file.answer})
         self._route("/live-updates", {}, upgrade=True)
         server.route("/*", {"*": self._with_cors(self.unknown)})
@@ -112,7 +105,7 @@ class Routes:
         authorization, forwarded_for, raw_key = request.context
         caller = self._caller(request, authorization, forwarded_for)
         change = parse_change(request.body)
-        board = change.board or self._default_board
+        board = self._default_board if change.board is msgspec.UNSET else change.board
         if board not in self._boards:
             raise Problem(404, f"board: expected one of {', '.join(self._settings.boards)}, got {board[:80]!r}")
         player, delta = change.player_id, change.score_delta
@@ -130,10 +123,10 @@ class Routes:
         """Scores: an update was decided."""
         if outcome == Outcome.APPLIED:
             self.counters.answers[_UPDATED] += 1
-            request.answer(_OK, _encode(_Result(request.context, value)))
+            request.answer(_OK, _encode(Result(request.context, value)))
         elif outcome == Outcome.REPLAYED:
             self.counters.count("/update-score", 200)
-            request.answer(_REPLAYED, _encode(_Result(request.context, value)))
+            request.answer(_REPLAYED, _encode(Result(request.context, value)))
         elif outcome == Outcome.LIMITED:
             self.on_problem(request, self._limited(value))
         elif outcome == Outcome.OUT_OF_RANGE:
@@ -159,7 +152,7 @@ class Routes:
         page = self._pages.get(query)
         if page is None:
             page = parse_page(query, self._settings.boards, self._default_board)
-            if len(self._pages) < TOP_LIMIT:
+            if len(self._pages) < TOP_LIMIT and len(query) <= LONGEST_QUERY:
                 self._pages[query] = page
         request.context = page
         self.scores.read_page(*page, request)
@@ -224,12 +217,12 @@ class Routes:
     # ------------------------------------------------------------------ shared steps
 
     def _route(self, path: str, handlers: dict[str, Handler], *, upgrade: bool = False) -> None:
-        allowed = ", ".join([*handlers, "OPTIONS"])
+        allowed = ", ".join([*(("GET", "HEAD") if upgrade else handlers), "OPTIONS"])
 
         def other_method(request: Request) -> None:
             if request.method == "OPTIONS":
                 self._preflight(request)
-            elif upgrade:
+            elif upgrade and request.method in ("GET", "HEAD"):
                 raise Problem(426, "expected a WebSocket upgrade", headers=(("Upgrade", "websocket"),))
             else:
                 raise Problem(405, f"expected one of {allowed}", headers=(("Allow", allowed),))
@@ -313,7 +306,7 @@ class Routes:
         }
 
 
-def parse_change(body: bytes) -> _Change:
+def parse_change(body: bytes) -> Change:
     """The change in a request's body.
 
     Raises Problem 400, naming the field, what was expected and what came.

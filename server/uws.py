@@ -182,7 +182,7 @@ class Request:
         """Call `on_body` when all of `body` is there; answers 413 above `limit` bytes and 408 when too slow."""
         self._limit = limit
         self._on_body = on_body
-        lib.uws_res_on_data(SSL, self._res, _on_data, self._server.hold(self))
+        lib.uws_res_on_data(SSL, self._res, _on_data, _user_data(self.token))
 
     @property
     def awaits_body(self) -> bool:
@@ -208,6 +208,9 @@ class Request:
         lib.socketify_res_cork_send(
             SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining
         )
+        if self._req is not None and not lib.uws_res_has_responded(SSL, self._res):
+            # Behind other answers that its client has not taken, this one was dropped, whole or in part.
+            lib.uws_res_close(SSL, self._res)
         return True
 
     def problem(self, problem: Problem) -> bool:
@@ -236,10 +239,11 @@ class Request:
         self.done = True
 
     def _begin(self, handler: Handler) -> None:
+        # Held before anything is answered: uWebSockets takes an answer that it cannot write for none, and ends the
+        # process unless somebody waits for the abort.
+        self._server.hold(self)
         self.guard(handler)
         self._req = None
-        if not self.done and not self.token:
-            self._server.hold(self)
 
     def _receive(self, chunk: bytes, last: bool) -> None:
         if last and not self._received and len(chunk) <= self._limit:  # as nearly always: all of it at once
@@ -375,16 +379,11 @@ class Server:
         self._callbacks.append(callback)
         return callback
 
-    def hold(self, request: Request) -> Any:
-        """Keep a request that is not answered within its handler; it is let go when answered or aborted.
-
-        Returns the user data that its callbacks get.
-        """
+    def hold(self, request: Request) -> None:
+        """Keep a request until it is answered or aborted."""
         request.token = token = next(_tokens)
         self.pending[token] = request
-        user_data = _cast(_VOID_POINTER, token)
-        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, user_data)
-        return user_data
+        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, _user_data(token))
 
     def _sweep(self) -> None:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
@@ -423,8 +422,7 @@ class Server:
             return handle
 
         def upgrade(res: Any, req: Any, context: Any, _user_data: Any) -> None:
-            request = Request(self, res, req)
-            request.guard(accept_and_upgrade(context))
+            Request(self, res, req)._begin(accept_and_upgrade(context))
 
         def opened(ws: Any, _user_data: Any) -> None:
             token = _token(lib.uws_ws_get_user_data(SSL, ws))
@@ -465,6 +463,7 @@ class Server:
         key = request.header(b"sec-websocket-key")
         protocol = request.header(b"sec-websocket-protocol")
         request.done = True
+        self.pending.pop(request.token, None)
         user_data = _user_data(token)
         # No extensions are offered: compressing each frame for each socket would cost more than it saves.
         lib.uws_res_upgrade(SSL, request._res, user_data, key, len(key), protocol, len(protocol), b"", 0, context)

@@ -280,8 +280,8 @@ def test_audience_and_issuer_count_only_when_set(setting: str, claim: str) -> No
 @pytest.mark.parametrize(
     ("payload", "header"),
     [
-        (b'{"sub":"ada","exp":9999999999,"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}", b'{"alg":"HS256"}'),
-        (b"{}", b"[" * 50_000 + b"]" * 50_000),
+        (b'{"sub":"ada","exp":9999999999,"x":' + b"[" * 2_500 + b"]" * 2_500 + b"}", b'{"alg":"HS256"}'),
+        (b"{}", b"[" * 2_500 + b"]" * 2_500),
         (b"[]", b'{"alg":"HS256"}'),
         (b"\xff\xfe", b'{"alg":"HS256"}'),
         (b"", b""),

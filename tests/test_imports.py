@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "fences", "keys", "config", "database"}
 CORE = {
     "hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages",
-    "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files",
+    "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild"}
 PROCESSES = {"supervisor", "embedded"}  # child processes: apart from everything that serves
@@ -22,6 +22,8 @@ NEVER = {
     "admission": {"asyncio", "time", "uws"},
     "messages": {"asyncio", "time", "uws"},
     "subscription": {"asyncio", "time", "uws"},
+    "bodies": {"asyncio", "time", "uws"},
+    "openapi": {"asyncio", "time", "uws"},
     "replay": {"asyncio", "time", "redis_connection", "hiredis", "confluent_kafka", "kafka_tail"},
     "supervisor": {"server", "sync"},
     "errors": {"server", "sync"},

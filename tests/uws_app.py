@@ -128,7 +128,7 @@ async def serve(port: int, force_gc: bool) -> int:
         if request.query == "collect":
             gc.collect()
         collections = gc.get_stats()[2]["collections"]
-        fields = {"pid": os.getpid(), "collections": collections, "pending": len(server.pending)}
+        fields = {"pid": os.getpid(), "collections": collections, "pending": len(server.pending) - 1}
         fields |= {"sockets": len(server.sockets), "states": len(server._states), **events.seen}
         request.answer(b"200 OK", json.dumps(fields).encode())
 
