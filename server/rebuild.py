@@ -29,7 +29,17 @@ from server.kafka_tail import KafkaTail, Record
 from server.keys import Keys
 from server.rebuild_lock import Command, RebuildLock
 from server.redis_connection import RedisConnection
-from server.replay import Fold, Log, StoredOffset, end_of_entry, entry_of, kept_answer, tail_starts
+from server.replay import (
+    Fold,
+    Log,
+    StoredOffset,
+    Version,
+    end_of_entry,
+    entry_of,
+    kept_answer,
+    may_begin_too_late,
+    tail_starts,
+)
 
 LOCK_POLL_S: Final = 0.1
 CHUNK_PLAYERS: Final = 2000
@@ -179,14 +189,24 @@ class _Mending:
                 async with self._database.snapshot() as snapshot:
                     self._tail_starts(await self._stored_offsets(snapshot), log)
             else:
-                ends = await asyncio.to_thread(tail.fence, self._epoch)
                 starts = await asyncio.to_thread(tail.first_since, last[0])
+                if may_begin_too_late(log, starts):
+                    # As after a Redis restored from an old copy: the log has only the end of what it missed.
+                    await self._add_later_scores(last)
+                ends = await asyncio.to_thread(tail.fence, self._epoch)
                 async for records in self._records(tail, starts, ends, Fences()):
                     missing = [record for record in records if record.event.version > last]
                     for record in missing:
                         self._fold.add(record.event)
                     await self._remember((record.event, record.memory) for record in missing)
         return await self._write_rest()
+
+    async def _add_later_scores(self, last: Version) -> None:
+        async with self._database.snapshot() as snapshot, aclosing(snapshot.scores()) as chunks:
+            async for rows in chunks:
+                for board, player, score, ms, seq in rows:
+                    if (ms, seq) > last:
+                        self._fold.learn(board, player, score, (ms, seq))
 
     async def rebuild(self) -> int:
         """Replace everything by what outbox, database and Kafka say; how many players that are."""

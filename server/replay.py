@@ -48,10 +48,13 @@ class Fold:
 
     def add(self, event: ScoreEvent) -> None:
         """Take an event, in any order and any number of times."""
-        version, player = event.version, (event.board, event.player_id)
-        known = self._latest.get(player)
+        self.learn(event.board, event.player_id, event.new_score, event.version)
+
+    def learn(self, board: str, player: str, score: int, version: Version) -> None:
+        """Take what an event of this version made of a score."""
+        known = self._latest.get((board, player))
         if known is None or version > known[0]:
-            self._latest[player] = version, event.new_score
+            self._latest[board, player] = version, score
             self.last = max(self.last, version)
 
     def settle(self, board: str, player: str, score: int, version: Version) -> int:
@@ -76,6 +79,11 @@ def entry_of(version: Version) -> str:
     """The id of the outbox entry that an event of this version was in."""
     ms, seq = version
     return f"{ms}-{seq // INDEX_SPAN}"
+
+
+def may_begin_too_late(log: Log, starts: Mapping[int, int]) -> bool:
+    """Whether records that were to be read, from `starts` on, may have expired: a partition has none before them."""
+    return any(low and starts[number] <= low for number, (low, _) in log.bounds.items())
 
 
 def kept_answer(memory: str, score: int) -> tuple[str, str]:

@@ -61,6 +61,13 @@ def send(settings: Settings, *events: ScoreEvent, memory: str = "", epoch: int |
     assert not failures
 
 
+def forget(settings: Settings, *, before: int) -> None:
+    """Let the log's only partition expire up to an offset."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka_brokers})
+    for future in admin.delete_records([TopicPartition(settings.kafka_topic, 0, before)]).values():
+        future.result(10)
+
+
 def persist(settings: Settings, *events: ScoreEvent, next_offsets: dict[int, int], topic_id: str = "") -> None:
     """Put events and offsets into the database as the persister does."""
     writing = store.Store(settings.database_url)
@@ -240,9 +247,7 @@ class TestRefusal:
     def expired(self, settings: Settings, redis: redis_client.Redis) -> Settings:
         """Three events, of which the log has forgotten two; Redis has a score of its own."""
         send(settings, *(event("ann", 1000 + number, score=number) for number in range(3)))
-        admin = AdminClient({"bootstrap.servers": settings.kafka_brokers})
-        for future in admin.delete_records([TopicPartition(settings.kafka_topic, 0, 2)]).values():
-            future.result(10)
+        forget(settings, before=2)
         redis.set("player:bob:score", 5)
         return settings
 
@@ -297,6 +302,19 @@ class TestReplay:
         assert marker(redis) == (NOW_MS * 2 + 1, redis.info()["run_id"])
         assert redis.get("player:bob:score") == b"untouched"
         assert last_id(redis) == "1000-0"
+
+    def test_copy_older_than_the_log_gets_what_only_the_database_knows(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        hold(redis, event("ann", 1000, score=1), event("bob", 1001, score=2), event("cid", 1002, score=3))
+        redis.hset(KEYS.ready, mapping={"epoch": 1, "run_id": "of the Redis that was copied"})
+        later = [event("ann", 2000, score=10), event("bob", 2001, score=20), event("bob", 2002, score=30)]
+        send(settings, *later)
+        persist(settings, *later, event("cid", 900, score=1), next_offsets={0: 3})
+        forget(settings, before=2)
+        verify(settings)
+        assert shown(redis) == {"ann": 10, "bob": 30, "cid": 3}
+        assert last_id(redis) == "2002-0"
 
     def test_aof_that_lost_its_tail_gets_the_missing_events_once(
         self, settings: Settings, fresh_redis: Callable[..., RedisServer]
