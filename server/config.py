@@ -109,7 +109,7 @@ def _database_url(raw: str) -> str:
     try:
         psycopg.conninfo.conninfo_to_dict(raw)
     except psycopg.Error:
-        raise ValueError("such as postgresql://user:password@host:5432/name, with % as %25") from None
+        raise ValueError("a URL such as postgresql://user:password@host:5432/name, with % as %25") from None
     return raw
 
 
@@ -194,12 +194,33 @@ class Settings:
     redis_host: str = _setting("REDIS_HOST", _text, "127.0.0.1", "Redis 7.0 or newer, or Valkey")
     redis_port: int = _setting("REDIS_PORT", _integer(1, 65535), 6379, "")
     redis_password: str = _setting("REDIS_PASSWORD", _text, "", "", secret=True)
+    redis_password_file: str = _setting("REDIS_PASSWORD_FILE", _text, "", "file that holds REDIS_PASSWORD instead")
+    redis_username: str = _setting("REDIS_USERNAME", _text, "", "ACL user, see ops/redis-acl.conf; unset: `default`")
+    redis_tls: int = _setting("REDIS_TLS", _integer(0, 1), 0, "1: encrypted, and the host name is verified")
+    redis_tls_ca_file: str = _setting("REDIS_TLS_CA_FILE", _text, "", "PEM; unset: the authorities of the system")
+    redis_tls_cert_file: str = _setting("REDIS_TLS_CERT_FILE", _text, "", "PEM, where Redis asks for a certificate")
+    redis_tls_key_file: str = _setting("REDIS_TLS_KEY_FILE", _text, "", "PEM, its key, without a passphrase")
     redis_key_prefix: str = _setting("REDIS_KEY_PREFIX", _text, "", "put before every key, to share a Redis")
     outbox_max_bytes: int = _setting(
         "OUTBOX_MAX_BYTES", _integer(1_000_000, 2**40), 2**30, "outbox size above which updates get 503"
     )
 
     kafka_brokers: str = _setting("KAFKA_BROKERS", _text, "127.0.0.1:9092", "host:port, separated by commas")
+    kafka_security_protocol: str = _setting(
+        "KAFKA_SECURITY_PROTOCOL",
+        _one_of("plaintext", "ssl", "sasl_plaintext", "sasl_ssl"),
+        "plaintext",
+        "ssl encrypts, and the host name is verified; sasl logs in",
+    )
+    kafka_sasl_mechanism: str = _setting(
+        "KAFKA_SASL_MECHANISM",
+        _one_of("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"),
+        "SCRAM-SHA-512",
+        "PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512",
+    )
+    kafka_sasl_username: str = _setting("KAFKA_SASL_USERNAME", _text, "", "")
+    kafka_sasl_password: str = _setting("KAFKA_SASL_PASSWORD", _text, "", "", secret=True)
+    kafka_ssl_ca_file: str = _setting("KAFKA_SSL_CA_FILE", _text, "", "PEM; unset: the authorities of the system")
     kafka_topic: str = _setting("KAFKA_TOPIC", _text, "score-updates", "dead letters go to {topic}.dead-letter")
     kafka_partitions: int = _setting("KAFKA_PARTITIONS", _integer(1, 1024), 8, "when the topic is created")
     kafka_replication: int = _setting("KAFKA_REPLICATION", _integer(1, 16), 1, "when the topic is created")
@@ -217,7 +238,7 @@ class Settings:
         "DATABASE_URL",
         _database_url,
         "postgresql://127.0.0.1:5432/scoreboard",
-        "PostgreSQL 14 or newer, or TimescaleDB",
+        "PostgreSQL 14 or newer, or TimescaleDB; all of libpq's parameters count, such as sslmode",
         secret=True,
     )
     history_days: int = _setting(
@@ -292,6 +313,41 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
             values["jwt_secret"] = _secret(Path(path).read_text().strip())
         except (OSError, ValueError) as error:
             faults.append(f"JWT_SECRET_FILE: expected a file with {MIN_SECRET_BYTES} bytes or more: {error}")
+    path = values.get("redis_password_file")
+    if path:
+        try:
+            values["redis_password"] = Path(path).read_text().strip()
+        except (OSError, ValueError) as error:
+            faults.append(f"REDIS_PASSWORD_FILE: expected a file with a password: {error}")
+    settings = Settings(**values)
+    faults += _insecure(settings)
     if faults:
         raise ConfigError("\n".join(faults))
-    return Settings(**values)
+    return settings
+
+
+def _insecure(settings: Settings) -> list[str]:
+    """What was meant to protect a connection, but would not: rather no connection than such a one."""
+    tls_files = [f"redis_tls_{name}_file" for name in ("ca", "cert", "key")]
+    files = [name for name in [*tls_files, "kafka_ssl_ca_file"] if getattr(settings, name)]
+    encrypts = settings.kafka_security_protocol in ("ssl", "sasl_ssl")
+    logs_in = settings.kafka_security_protocol in ("sasl_plaintext", "sasl_ssl")
+    username, password = settings.kafka_sasl_username, settings.kafka_sasl_password
+    faults = [
+        f"{name.upper()}: expected a file that can be read, got {getattr(settings, name)!r}"
+        for name in files
+        if not os.access(getattr(settings, name), os.R_OK)
+    ]
+    if not settings.redis_tls:
+        faults += [f"{name.upper()}: expected REDIS_TLS=1 beside it" for name in tls_files if name in files]
+    if bool(settings.redis_tls_cert_file) != bool(settings.redis_tls_key_file):
+        faults.append("REDIS_TLS_CERT_FILE, REDIS_TLS_KEY_FILE: expected both or none")
+    if settings.redis_username and not settings.redis_password:
+        faults.append("REDIS_USERNAME: expected REDIS_PASSWORD beside it")
+    if settings.kafka_ssl_ca_file and not encrypts:
+        faults.append("KAFKA_SSL_CA_FILE: expected KAFKA_SECURITY_PROTOCOL=ssl or sasl_ssl beside it")
+    if logs_in and not (username and password):
+        faults.append("KAFKA_SECURITY_PROTOCOL: expected KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD beside sasl")
+    if (username or password) and not logs_in:
+        faults.append("KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD: expected KAFKA_SECURITY_PROTOCOL=sasl_ssl beside them")
+    return faults

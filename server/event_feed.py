@@ -18,6 +18,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from server.config import Settings
+from server.kafka_clients import client_settings, refusal
 
 POLL_S: Final = 0.5
 CHECK_INTERVAL_S: Final = 10.0
@@ -68,6 +69,7 @@ class EventFeed(threading.Thread):
         self._woken = threading.Event()
         self._assigned = 0
         self._began_ms = 0
+        self._refusal: KafkaError | None = None
 
     def watch(self, watched: bool) -> None:
         """Whether anybody is interested now."""
@@ -97,13 +99,14 @@ class EventFeed(threading.Thread):
     def _new_consumer(self) -> Any:
         return Consumer(
             {
-                "bootstrap.servers": self._settings.kafka_brokers,
+                **client_settings(self._settings),
                 "group.id": f"scoreboard-live-{secrets.token_hex(4)}",  # never joined: partitions are assigned here
                 "enable.auto.commit": False,
                 "auto.offset.reset": "latest",
                 "fetch.wait.max.ms": self._settings.kafka_fetch_wait_ms,
                 "queued.max.messages.kbytes": 2048,
                 "error_cb": self._on_error,
+                "log_level": 2,  # the library's own lines would repeat what comes through error_cb, at every try
                 "logger": _log,
             }
         )
@@ -123,7 +126,9 @@ class EventFeed(threading.Thread):
     def _on_error(self, error: KafkaError) -> None:
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self.connected = False
-        _log.warning("Kafka: %s", error)
+        self._refusal = refusal(error) or self._refusal
+        if self._assigned:  # else `_check` says it, once for all brokers and tries
+            _log.warning("Kafka: %s", refusal(error) or error)
 
     def _check(self, consumer: Any) -> bool:
         """See that Kafka answers, and read all partitions while somebody watches."""
@@ -136,9 +141,11 @@ class EventFeed(threading.Thread):
                 self._assign(consumer, partitions)
         except KafkaException as error:
             self.connected = False
-            _log.warning("live updates wait for the topic %s: %s", self._settings.kafka_topic, error)
+            if not self._assigned:
+                consumer.poll(0)  # why the brokers refuse us waits there; nobody else asks for it yet
+            _log.warning("live updates wait for the topic %s: %s", self._settings.kafka_topic, self._refusal or error)
             return False
-        self.connected = True
+        self.connected, self._refusal = True, None
         return True
 
     def _partitions(self, consumer: Any) -> int:

@@ -19,6 +19,7 @@ from server.config import Settings
 from server.errors import NotReady
 from server.events import FORMAT_VERSION, MEMORY_HEADER, BadEvent, ScoreEvent, check_format, decode_event
 from server.fences import FENCE_HEADER, Fences
+from server.kafka_clients import client_settings, refusal
 from server.replay import Log
 
 ANSWER_WITHIN_S: Final = 5.0
@@ -51,12 +52,12 @@ class KafkaTail:
         self._brokers = settings.kafka_brokers
         # What goes wrong is raised; the library's own lines would repeat it at every try.
         clients: dict[str, Any] = {
-            "bootstrap.servers": self._brokers,
+            **client_settings(settings),
             # Kafka may be starting: each try counts, and the default waits up to 10 s between two.
             "reconnect.backoff.max.ms": 500,
             "log_level": 2,
             "logger": _log,
-            "error_cb": lambda error: None,
+            "error_cb": self._on_error,
         }
         self._clients = clients
         self._admin = AdminClient(clients)
@@ -78,6 +79,7 @@ class KafkaTail:
         self._unread: set[int] = set()
         self._busy = threading.Lock()
         self._closed = False
+        self._refusal: KafkaError | None = None
 
     def describe(self) -> Log | None:
         """The topic as it is now; None when the brokers answer that there is none."""
@@ -184,9 +186,15 @@ class KafkaTail:
         asked: Any = self._admin.describe_topics(TopicCollection([self._topic]), request_timeout=ANSWER_WITHIN_S)
         return str(asked[self._topic].result().topic_id)
 
+    def _on_error(self, error: KafkaError) -> None:
+        self._refusal = refusal(error) or self._refusal
+
     @contextmanager
     def _saying(self) -> Iterator[None]:
+        self._refusal = None
         try:
             yield
         except KafkaException as error:
-            raise NotReady(f"Kafka at {self._brokers}: {error.args[0].str()}") from error
+            self._consumer.poll(0)  # why the brokers refuse us waits there; a record may be lost, the reading is
+            reason = self._refusal or error.args[0]
+            raise NotReady(f"Kafka at {self._brokers}: {reason.str()}") from error

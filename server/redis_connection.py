@@ -7,6 +7,7 @@ the same loop turn. This is just that; hiredis parses. Knows nothing of scores, 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, cast
@@ -95,13 +96,23 @@ async def open_connection(settings: Settings, on_lost: Callable[[RedisConnection
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
         _, connection = await loop.create_connection(
-            lambda: RedisConnection(on_lost), settings.redis_host, settings.redis_port
+            lambda: RedisConnection(on_lost), settings.redis_host, settings.redis_port, ssl=_tls(settings)
         )
         try:
             if settings.redis_password:
-                await connection.execute("AUTH", settings.redis_password)
+                await connection.execute("AUTH", settings.redis_username or "default", settings.redis_password)
             await connection.execute("CLIENT", "SETNAME", "scoreboard-server")
         except BaseException:
             connection.close()
             raise
     return connection
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    """Made anew for each connection, so that certificates can be exchanged while we run."""
+    if not settings.redis_tls:
+        return None
+    context = ssl.create_default_context(cafile=settings.redis_tls_ca_file or None)
+    if settings.redis_tls_cert_file:
+        context.load_cert_chain(settings.redis_tls_cert_file, settings.redis_tls_key_file)
+    return context

@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Produ
 
 from server.config import Settings
 from server.fences import EPOCH_HEADER
-from sync.kafka import MAX_IN_FLIGHT, new_consumer, new_producer
+from sync.kafka import MAX_IN_FLIGHT, new_admin, new_consumer, new_producer
 
 SHOWN_BYTES: Final = 80
 ANSWER_WITHIN_S: Final = 10.0
@@ -111,7 +111,8 @@ def letters(settings: Settings) -> Iterator[Letter]:
     name = settings.dead_letter_topic
     consumer = new_consumer(settings, "scoreboard-dead-letters", lambda error: _log.debug("%s", error))
     try:
-        for partition in consumer.list_topics(name, timeout=ANSWER_WITHIN_S).topics[name].partitions:
+        # Asked of an admin client, which says why if the brokers refuse us.
+        for partition in new_admin(settings).list_topics(name, timeout=ANSWER_WITHIN_S).topics[name].partitions:
             low, high = consumer.get_watermark_offsets(TopicPartition(name, partition), timeout=ANSWER_WITHIN_S)
             if low < high:
                 consumer.assign([TopicPartition(name, partition, low)])

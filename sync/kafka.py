@@ -6,16 +6,21 @@ Knows no event. The topic names are the caller's.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from confluent_kafka import Consumer, KafkaError, Producer
+from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
 from server.config import Settings
+from server.kafka_clients import client_settings, refusal
 
 MAX_IN_FLIGHT: Final = 20_000
 """Events a producer holds at most: about 0.3 s of a full load."""
+
+LOOK_EVERY_S: Final = 2.0
+"""While brokers do not answer: whether it is because they refuse us."""
 
 _log = logging.getLogger("sync.kafka")
 # What goes wrong comes through error_cb or an exception; the library's own lines would repeat it at every try.
@@ -24,12 +29,13 @@ _QUIET: Final = {"log_level": 2, "logger": _log}
 
 def _clients(settings: Settings, on_error: Callable[[KafkaError], None] | None = None) -> dict[str, Any]:
     def say(error: KafkaError) -> None:
+        refused = refusal(error)
         # One broker of several may come and go without any harm.
-        if on_error and (error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN):
-            on_error(error)
+        if on_error and (refused or error.fatal() or error.code() == KafkaError._ALL_BROKERS_DOWN):
+            on_error(refused or error)
 
     return {
-        "bootstrap.servers": settings.kafka_brokers,
+        **client_settings(settings),
         "reconnect.backoff.max.ms": 1000,
         "socket.timeout.ms": 10_000,
         "error_cb": say,
@@ -77,4 +83,32 @@ def new_consumer(settings: Settings, group: str, on_error: Callable[[KafkaError]
 
 def new_admin(settings: Settings) -> AdminClient:
     """A client to create and describe topics with."""
-    return AdminClient(_clients(settings))
+    return _Admin(settings)
+
+
+class _Admin(AdminClient):
+    """Says why the brokers refuse us, where librdkafka only says that they do not answer."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._refusal: KafkaError | None = None
+        super().__init__(_clients(settings) | {"error_cb": self._on_error})
+
+    def list_topics(self, topic: str | None = None, timeout: float = LOOK_EVERY_S) -> Any:
+        """Which topics there are: the first thing anybody asks.
+
+        Raises KafkaException.
+        """
+        deadline_s = time.monotonic() + timeout
+        while True:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            try:
+                return super().list_topics(topic, timeout=min(left_s, LOOK_EVERY_S))
+            except KafkaException:
+                self.poll(0)  # the reason waits there
+                if self._refusal:
+                    raise KafkaException(self._refusal) from None
+                if left_s <= LOOK_EVERY_S:
+                    raise
+
+    def _on_error(self, error: KafkaError) -> None:
+        self._refusal = refusal(error) or self._refusal

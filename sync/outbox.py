@@ -39,10 +39,16 @@ def connect(settings: Settings) -> redis.Redis:
     return redis.Redis(
         host=settings.redis_host,
         port=settings.redis_port,
+        username=settings.redis_username or None,
         password=settings.redis_password or None,
+        ssl=bool(settings.redis_tls),
+        ssl_ca_certs=settings.redis_tls_ca_file or None,
+        ssl_certfile=settings.redis_tls_cert_file or None,
+        ssl_keyfile=settings.redis_tls_key_file or None,
         socket_timeout=2,
         socket_connect_timeout=2,
         protocol=2,
+        driver_info=None,  # no CLIENT SETINFO: Redis 7.0 does not know it, so no ACL for it can grant it
     )
 
 

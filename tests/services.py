@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from confluent_kafka import Consumer, KafkaException, Message
 from confluent_kafka.admin import AdminClient
@@ -61,13 +63,40 @@ class UnavailableError(Exception):
 
 
 class KafkaBroker(Service):
-    """Apache Kafka in KRaft mode, one node; never creates topics by itself."""
+    """Apache Kafka in KRaft mode, one node unless `options` say otherwise; never creates topics by itself."""
 
     ready_within_s = 60.0
 
-    def __init__(self, data: Path, port: int | None = None) -> None:
+    def __init__(
+        self,
+        data: Path,
+        port: int | None = None,
+        options: Mapping[str, str] | None = None,
+        format_options: Sequence[str] = (),
+    ) -> None:
+        """`options` are lines of server.properties, `format_options` arguments of the tool that makes the storage."""
         self.port = port or free_port()
         self.data = data
+        controller = free_port()
+        self.options = {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.voters": f"1@{ADDRESS}:{controller}",
+            "listeners": f"PLAINTEXT://{ADDRESS}:{self.port},CONTROLLER://{ADDRESS}:{controller}",
+            "advertised.listeners": f"PLAINTEXT://{ADDRESS}:{self.port}",
+            "controller.listener.names": "CONTROLLER",
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT,SECURE:SASL_SSL",
+            "log.dirs": str(data / "data"),
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": "1",
+            "offsets.topic.num.partitions": "4",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            "group.initial.rebalance.delay.ms": "0",
+            "broker.heartbeat.interval.ms": "300",
+            "broker.session.timeout.ms": "1000",
+        } | dict(options or {})
+        self._format_options = format_options
         self._properties = data / "server.properties"
         self._java = ["java", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{kafka_jars()}/*"]
         super().__init__("Kafka", [*self._java, "kafka.Kafka", str(self._properties)], log=data / "kafka.log")
@@ -82,35 +111,15 @@ class KafkaBroker(Service):
         if self._properties.exists():
             return
         self.data.mkdir(parents=True, exist_ok=True)
-        controller = free_port()
-        self._properties.write_text(
-            f"""\
-process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@{ADDRESS}:{controller}
-listeners=PLAINTEXT://{ADDRESS}:{self.port},CONTROLLER://{ADDRESS}:{controller}
-advertised.listeners=PLAINTEXT://{ADDRESS}:{self.port}
-controller.listener.names=CONTROLLER
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
-log.dirs={self.data / "data"}
-auto.create.topics.enable=false
-offsets.topic.replication.factor=1
-offsets.topic.num.partitions=4
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
-group.initial.rebalance.delay.ms=0
-broker.heartbeat.interval.ms=300
-broker.session.timeout.ms=1000
-"""
-        )
-        cluster = self._tool("random-uuid").strip()
-        self._tool("format", "-t", cluster, "-c", str(self._properties))
+        self._properties.write_text("".join(f"{name}={value}\n" for name, value in self.options.items()))
+        cluster = () if "-t" in self._format_options else ("-t", self._tool("random-uuid").strip())
+        self._tool("format", *cluster, "-c", str(self._properties), *self._format_options)
 
     def answers(self) -> bool:
         """Whether it is a member of its own cluster, which after a kill takes until its old session is over."""
         admin = AdminClient({"bootstrap.servers": self.brokers, "log_level": 0})
         try:
-            return bool(admin.list_topics(timeout=0.5).brokers)
+            return int(self.options["node.id"]) in admin.list_topics(timeout=0.5).brokers
         except KafkaException:
             return False
 
@@ -119,6 +128,56 @@ broker.session.timeout.ms=1000
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()[-1]
+
+
+class KafkaCluster:
+    """Three brokers that keep everything twice at least; clients log in as `username` over TLS, by PLAIN or SCRAM.
+
+    Among themselves, and to tests that look into them, the brokers speak without either.
+    """
+
+    username: Final = "scoreboard"
+
+    def __init__(self, directory: Path, password: str, certificate: Path) -> None:
+        """`certificate` is a PEM file with key and chain, for 127.0.0.1."""
+        ports = [(free_port(), free_port(), free_port()) for _ in range(3)]
+        cluster_id = secrets.token_bytes(16).hex()[:22]
+        plain = "org.apache.kafka.common.security.plain.PlainLoginModule"
+        scram = "org.apache.kafka.common.security.scram.ScramLoginModule"
+        self.servers = []
+        for node, (port, controller, secure) in enumerate(ports, 1):
+            options = {
+                "node.id": str(node),
+                "controller.quorum.voters": ",".join(f"{n}@{ADDRESS}:{ports[n - 1][1]}" for n in (1, 2, 3)),
+                "listeners": f"PLAINTEXT://{ADDRESS}:{port},CONTROLLER://{ADDRESS}:{controller},"
+                f"SECURE://{ADDRESS}:{secure}",
+                "advertised.listeners": f"PLAINTEXT://{ADDRESS}:{port},SECURE://{ADDRESS}:{secure}",
+                "offsets.topic.replication.factor": "3",
+                "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
+                "listener.name.secure.plain.sasl.jaas.config": f'{plain} required user_{self.username}="{password}";',
+                "listener.name.secure.scram-sha-512.sasl.jaas.config": f"{scram} required;",
+                "ssl.keystore.type": "PEM",
+                "ssl.keystore.location": str(certificate),
+            }
+            user = f"SCRAM-SHA-512=[name={self.username},password={password}]"
+            made = ("-t", cluster_id, "--add-scram", user)
+            self.servers.append(KafkaBroker(directory / f"kafka-{node}", port, options, made))
+        self.brokers = ",".join(f"{ADDRESS}:{secure}" for _, _, secure in ports)
+        self.plain_brokers = ",".join(server.brokers for server in self.servers)
+
+    def start(self) -> None:
+        """Start all three: one alone would wait for another."""
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(KafkaBroker.prepare, self.servers))
+        for server in self.servers:
+            server.launch()
+        for server in self.servers:
+            wait_until(server.answers, server.ready_within_s, f"{server.data} does not answer")
+
+    def stop(self) -> None:
+        """Kill all three: the last one would wait in vain for the others."""
+        for server in self.servers:
+            server.kill()
 
 
 def kafka_jars() -> Path:

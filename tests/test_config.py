@@ -117,7 +117,9 @@ def test_file_without_a_secret_is_refused_and_not_shown(tmp_path: Path, content:
 
 def test_secrets_never_show_in_what_describes_the_settings() -> None:
     secrets = {field.metadata["variable"] for field in dataclasses.fields(Settings) if field.metadata["secret"]}
-    assert secrets == {"JWT_SECRET", "JWT_SECRET_PREVIOUS", "REDIS_PASSWORD", "DATABASE_URL"}
+    assert secrets == {
+        "JWT_SECRET", "JWT_SECRET_PREVIOUS", "REDIS_PASSWORD", "KAFKA_SASL_PASSWORD", "DATABASE_URL"
+    }  # fmt: skip
     settings = load({"JWT_SECRET": SECRET, "REDIS_PASSWORD": "sesame1", "DATABASE_URL": "postgresql://u:sesame2@h/d"})
     assert not re.search(f"{SECRET}|sesame", repr(settings) + str(settings))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"errors", "events", "fences", "keys", "config", "database"}
+GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients"}
 CORE = {
     "hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",

@@ -279,7 +279,7 @@ def test_database_url_that_cannot_be_read_is_not_shown(tmp_path: Path, url: str,
     finally:
         process.stop()
     assert process.status in (1, 2)
-    assert "DATABASE_URL: expected such as postgresql://" in process.output_tail(1000)
+    assert "DATABASE_URL: expected a URL such as postgresql://" in process.output_tail(1000)
     assert "sesame" not in process.output_tail(1000)
 
 
