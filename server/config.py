@@ -102,6 +102,23 @@ def _networks(raw: str) -> tuple[str, ...]:
     return networks
 
 
+def _brokers(raw: str) -> str:
+    # Names, IPv4 and [IPv6] addresses.
+    if not all(re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}", broker) for broker in _words(raw) or ("",)):
+        raise ValueError("host:port, separated by commas")
+    return raw
+
+
+def _database_url(raw: str) -> str:
+    from psycopg import ProgrammingError, conninfo  # takes its time, and is not needed for the default
+
+    try:
+        conninfo.conninfo_to_dict(raw)
+    except ProgrammingError:  # which may repeat the password
+        raise ValueError("postgresql://user:password@host:port/database or key=value pairs") from None
+    return raw
+
+
 def _setting(variable: str, parse: Callable[[str], Any], default: Any, why: str, *, secret: bool = False) -> Any:
     metadata = {"variable": variable, "parse": parse, "why": why, "secret": secret}
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
@@ -113,6 +130,13 @@ class Settings:
 
     host: str = _setting("HOST", _text, "127.0.0.1", "address to listen on; the container image sets 0.0.0.0")
     port: int = _setting("PORT", _integer(0, 65535), 8080, "port to listen on; 0 takes a free one and logs it")
+    workers: int = _setting("WORKERS", _integer(1, 256), 1, "server processes that share the port, each on a core")
+    drain_delay_ms: int = _setting(
+        "DRAIN_DELAY_MS",
+        _integer(0, 600_000),
+        0,
+        "how long to serve on after SIGTERM, while /readyz says 503; longer than a proxy keeps idle connections",
+    )
     boards: tuple[str, ...] = _setting("BOARDS", _boards, ("main",), "the boards there are; another is 404")
     cors_origins: tuple[str, ...] = _setting(
         "CORS_ORIGINS", _origins, ("*",), "who may call from a browser; tokens travel in a header, never in cookies"
@@ -188,7 +212,7 @@ class Settings:
         "OUTBOX_MAX_BYTES", _integer(1_000_000, 2**40), 2**30, "outbox size above which updates get 503"
     )
 
-    kafka_brokers: str = _setting("KAFKA_BROKERS", _text, "127.0.0.1:9092", "host:port, separated by commas")
+    kafka_brokers: str = _setting("KAFKA_BROKERS", _brokers, "127.0.0.1:9092", "host:port, separated by commas")
     kafka_topic: str = _setting("KAFKA_TOPIC", _text, "score-updates", "dead letters go to {topic}.dead-letter")
     kafka_partitions: int = _setting("KAFKA_PARTITIONS", _integer(1, 1024), 8, "when the topic is created")
     kafka_replication: int = _setting("KAFKA_REPLICATION", _integer(1, 16), 1, "when the topic is created")
@@ -204,7 +228,7 @@ class Settings:
 
     database_url: str = _setting(
         "DATABASE_URL",
-        _text,
+        _database_url,
         "postgresql://127.0.0.1:5432/scoreboard",
         "PostgreSQL 14 or newer, or TimescaleDB",
         secret=True,
