@@ -37,16 +37,16 @@ def serve(argv: list[str]) -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # server/workers.py starts those
     is_worker = parser.parse_args(argv).worker
     settings = config.load()
-    if settings.workers > 1 and not is_worker:
-        from server.auth import Authenticator
-        from server.workers import run
+    if is_worker or settings.workers == 1:
+        _raise_file_limit(settings.live_max_connections)
+        from server import uws  # must be the first to open libuv; only this command needs it
 
-        Authenticator(settings)  # said once here, rather than by workers that start again and again
-        return run(settings, DRAIN_GRACE_S + 2)
-    _raise_file_limit(settings.live_max_connections)
-    from server import uws  # must be the first to open libuv; only this command needs it
+        uws.run(_serve(settings, shared_port=is_worker))
+    from server.auth import Authenticator
+    from server.workers import run
 
-    uws.run(_serve(settings, shared_port=is_worker))
+    Authenticator(settings)  # said once here, rather than by workers that start again and again
+    return run(settings, DRAIN_GRACE_S + 2)
 
 
 async def _serve(settings: config.Settings, *, shared_port: bool) -> int:

@@ -52,7 +52,8 @@ class Nginx(Service):
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         scratch = " ".join(f"{kind}_temp_path {self.directory}/{kind};" for kind in kinds)
         (self.directory / "main.conf").write_text(
-            f"{user} daemon off; worker_processes 2; pid {self.directory}/nginx.pid; error_log {self.directory}/error.log;\n"
+            f"{user} daemon off; worker_processes 2; pid {self.directory}/nginx.pid;\n"
+            f"error_log {self.directory}/error.log;\n"
             f"events {{ worker_connections 1024; }}\n"
             f"http {{ access_log {self.directory}/access.log; {scratch} include {self.directory}/scoreboard.conf; }}\n"
         )

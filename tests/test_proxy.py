@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import redis as redis_client
-from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from server.embedded import ADDRESS, RedisServer, free_port
@@ -184,11 +183,9 @@ def test_watcher_gets_the_board_through_the_proxy_and_is_told_to_come_back(proxi
         assert json.loads(watcher.recv(10))["type"] in ("status", "leaderboardUpdate")
         for server in board.servers:
             os.kill(server.pid, signal.SIGTERM)
-        with pytest.raises(ConnectionClosed) as closed:
-            while True:
-                watcher.recv(10)
-    assert closed.value.rcvd is not None
-    assert (closed.value.rcvd.code, closed.value.rcvd.reason) == (1001, "restarting; reconnect within 1 s")
+        for _message in watcher:  # ends with a close of 1000 or 1001 only
+            pass
+        assert (watcher.close_code, watcher.close_reason) == (1001, "restarting; reconnect within 1 s")
 
 
 def test_limits_count_the_address_that_nginx_saw_and_no_other(proxied: Callable[..., Proxied]) -> None:
