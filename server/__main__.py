@@ -25,9 +25,6 @@ from server import config
 from server.errors import ConfigError, ScoreboardError, UwsError
 
 DRAIN_GRACE_S: Final = 10.0
-OTHER_FILES: Final = 1100
-"""Open files that are no WebSocket: HTTP connections at the busiest, stores, libraries."""
-
 WEBSOCKET_PATH: Final = "/live-updates"
 
 
@@ -199,7 +196,7 @@ def _raise_file_limit(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log = logging.getLogger(__name__)
     log.info("up to %d files may be open", most)
-    if connections and most < connections + OTHER_FILES:
+    if connections and most < connections + config.OTHER_FILES:
         log.warning("too few for LIVE_MAX_CONNECTIONS=%d: raise the limit (ulimit -n) or lower that", connections)
 
 

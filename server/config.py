@@ -19,6 +19,9 @@ from server.errors import ConfigError
 MIN_SECRET_BYTES: Final = 32
 """HS256 takes keys of at least its hash's size (RFC 7518, section 3.2)."""
 
+OTHER_FILES: Final = 1100
+"""Open files of a server that are no WebSocket: HTTP connections at the busiest, stores, libraries."""
+
 _BOARD = re.compile(r"[a-z0-9_-]{1,64}")
 
 
@@ -110,12 +113,13 @@ def _brokers(raw: str) -> str:
 
 
 def _database_url(raw: str) -> str:
-    from psycopg import ProgrammingError, conninfo  # takes its time, and is not needed for the default
+    from psycopg import ProgrammingError, conninfo  # not every command needs it
 
     try:
         conninfo.conninfo_to_dict(raw)
-    except ProgrammingError:  # which may repeat the password
-        raise ValueError("postgresql://user:password@host:port/database or key=value pairs") from None
+    except ProgrammingError:
+        # Said later, by whoever connects, it would quote what it could not read: perhaps the password.
+        raise ValueError("a URL such as postgresql://user@host:5432/scoreboard") from None
     return raw
 
 

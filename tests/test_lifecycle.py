@@ -206,7 +206,7 @@ def test_port_that_is_taken_is_said_with_its_variable(new_server: Callable[..., 
     ("variable", "value", "expected"),
     [
         ("KAFKA_BROKERS", "kafka", "expected host:port, separated by commas, got 'kafka'"),
-        ("DATABASE_URL", "sesame://host", "expected postgresql://user:password@host:port/database or key=value pairs"),
+        ("DATABASE_URL", "sesame://host", "expected a URL such as postgresql://user@host"),
         ("JWT_SECRET_FILE", "/no/such/file", "expected a file with 32 bytes or more"),
         ("JWT_JWKS_FILE", "/no/such/file", "expected a file with a JWK set"),
         ("BOARDS", "Main", "expected names of [a-z0-9_-]{1,64}"),
