@@ -46,6 +46,8 @@ def hold_port(host: str, port: int) -> socket.socket:
         raise UwsError(f"PORT: expected a free one at {host}, got {port}: {error.strerror}") from error
     # Only now that it is ours alone: set before, it would let us in beside whoever shares the port already.
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    # That was for what a server before us left in TIME_WAIT; kept, it would let in a second parent before we listen.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
     return holder
 
 
