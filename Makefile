@@ -36,4 +36,4 @@ setup:
 	@scripts/setup.sh embedded,test
 
 setup-tests:
-	@scripts/setup.sh embedded,test browser
+	@scripts/setup.sh embedded,test tests

@@ -25,9 +25,11 @@ class Nginx(Service):
     """ops/nginx.conf with only its addresses and the certificate's place replaced, in front of two servers."""
 
     def __init__(self, directory: Path, upstream_ports: Sequence[int]) -> None:
-        binary = shutil.which("nginx", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin")
+        # Debian keeps it out of the PATH of ordinary users; scripts/setup.sh unpacks it into the cache.
+        places = ["/usr/sbin", "/usr/local/sbin", str(ROOT / ".cache/nginx/usr/sbin")]
+        binary = shutil.which("nginx", path=os.pathsep.join([os.environ.get("PATH", os.defpath), *places]))
         if binary is None:
-            raise UnavailableError("there is no nginx here (Debian and Ubuntu: apt install nginx)")
+            raise UnavailableError("there is no nginx here: scripts/setup.sh fetches it where there is apt-get")
         self.port = free_port()
         self.directory = directory
         self._upstream_ports = upstream_ports
