@@ -29,7 +29,7 @@ from server.errors import ConfigError
 from server.redis_connection import open_connection
 from sync.kafka import new_admin
 
-ANSWER_WITHIN_S: Final = 5.0
+ANSWER_WITHIN_S: Final = 3.0
 OLDEST_REDIS: Final = (7, 0)
 OLDEST_POSTGRES: Final = 140_000
 MIGRATE: Final = "run `scoreboard migrate`, or start `sync`, which does the same"

@@ -89,7 +89,7 @@ def test_address_of_another_machine_is_said_with_its_variable() -> None:
         hold_port("no.such.host.invalid", 0)
 
 
-def test_any_free_port_is_the_same_for_all(new_workers: Callable[..., Workers], tmp_path: Path) -> None:
+def test_any_free_port_is_the_same_for_all(tmp_path: Path) -> None:
     process = Workers(tmp_path, {"PORT": "0", "WORKERS": "2", "REDIS_PORT": str(free_port())})
     process.launch()
     try:
