@@ -43,4 +43,4 @@ setup:
 	@scripts/setup.sh embedded,test
 
 setup-tests:
-	@scripts/setup.sh embedded,test browser
+	@scripts/setup.sh embedded,test tests

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# scripts/setup.sh EXTRAS [browser]: a .venv as pyproject.toml and constraints.txt want it, and Chromium where that can
-# be had. Does nothing when they are there.
+# scripts/setup.sh EXTRAS [tests]: a .venv as pyproject.toml and constraints.txt want it, and for the tests Chromium and
+# nginx where they can be had. Does nothing when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=$1 browser=${2:-}
+extras=$1 tests=${2:-}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 give_up() { say "$*"; exit 1; }
@@ -63,6 +63,22 @@ want_chromium() {
     fi
 }
 
+# Unpacked, not installed: the package would start a server on port 80. Debian 12 has the binary in nginx, others in
+# nginx-core.
+want_nginx() {
+    local into=.cache/nginx asked=.cache/no-nginx
+    if PATH=$PATH:/usr/sbin command -v nginx >/dev/null || [ -x $into/usr/sbin/nginx ] || [ -e $asked ]; then return; fi
+    say "fetching nginx with apt-get"
+    mkdir -p $into
+    (cd $into && apt-get download -qq nginx nginx-core >&2 2>/dev/null || apt-get download -qq nginx >&2) || true
+    for package in "$into"/*.deb; do dpkg -x "$package" $into || true; done
+    rm -f "$into"/*.deb
+    if ! $into/usr/sbin/nginx -v 2>/dev/null; then
+        touch $asked
+        say "no nginx could be had: its tests will be skipped (to ask again, delete $asked)"
+    fi
+}
+
 mkdir -p .cache
 exec 9>.cache/setup.lock
 if command -v flock >/dev/null; then flock 9; fi # two makes in one tree set up once
@@ -76,4 +92,7 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" >"$stamp"
 fi
 need_libuv
-if [ "$browser" = browser ]; then want_chromium; fi
+if [ "$tests" = tests ]; then
+    want_chromium
+    want_nginx
+fi

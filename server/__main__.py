@@ -3,6 +3,7 @@
 scoreboard serve       the server
 scoreboard sync        relay and persister; `sync relay` or `sync persister` for one of them
 scoreboard all         both of them: what the container runs
+scoreboard check       look at the configuration and every connection, and say what to do; changes nothing
 scoreboard migrate     create the Kafka topics and the database schema
 scoreboard reconcile   compare Redis with the database; --repair puts the database right
 scoreboard dead-letters   list the records that could not be stored; --replay sends them once more
@@ -21,26 +22,31 @@ from collections.abc import Callable
 from typing import Final
 
 from server import config
-from server.errors import ConfigError, ScoreboardError
+from server.errors import ConfigError, ScoreboardError, UwsError
 
 DRAIN_GRACE_S: Final = 10.0
-OTHER_FILES: Final = 1100
-"""Open files that are no WebSocket: HTTP connections at the busiest, stores, libraries."""
-
 WEBSOCKET_PATH: Final = "/live-updates"
 
 
 def serve(argv: list[str]) -> int:
-    """Run the server until SIGTERM; never returns."""
-    argparse.ArgumentParser(prog="scoreboard serve", description="Run the server.").parse_args(argv)
+    """Run the server until SIGTERM; with WORKERS above 1, so many of them."""
+    parser = argparse.ArgumentParser(prog="scoreboard serve", description="Run the server.")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # server/workers.py starts those
+    is_worker = parser.parse_args(argv).worker
     settings = config.load()
-    _raise_file_limit(settings.live_max_connections)
-    from server import uws  # must be the first to open libuv; only this command needs it
+    if is_worker or settings.workers == 1:
+        _raise_file_limit(settings.live_max_connections)
+        from server import uws  # must be the first to open libuv; only this command needs it
 
-    uws.run(_serve(settings))
+        uws.run(_serve(settings, shared_port=is_worker))
+    from server.auth import Authenticator
+    from server.workers import run
+
+    Authenticator(settings)  # said once here, rather than by workers that start again and again
+    return run(settings, DRAIN_GRACE_S + 2)
 
 
-async def _serve(settings: config.Settings) -> int:
+async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     from server import uws
     from server.auth import Authenticator
     from server.database import Database
@@ -78,7 +84,7 @@ async def _serve(settings: config.Settings) -> int:
         idle_timeout_s=IDLE_TIMEOUT_S,
     )
     try:
-        port = server.listen(settings.host, settings.port)
+        port = server.listen(settings.host, settings.port, shared=shared_port)
     except ScoreboardError as error:
         _say(error)
         return 2
@@ -88,7 +94,7 @@ async def _serve(settings: config.Settings) -> int:
     connecting = asyncio.create_task(scores.run())
     received = await uws.stop_signal()
     logging.getLogger(__name__).info("stopping on %s", received.name)
-    await server.drain(DRAIN_GRACE_S, live.goodbye())
+    await server.drain(DRAIN_GRACE_S, live.goodbye(), settings.drain_delay_ms / 1000)
     live.stop()
     connecting.cancel()
     await database.close()
@@ -136,6 +142,13 @@ def run_all(argv: list[str]) -> int:
     return Supervisor(children).run(grace_s=DRAIN_GRACE_S + 2)
 
 
+def check(argv: list[str]) -> int:
+    """Look at configuration and connections."""
+    from server.check import main as run
+
+    return run(argv)
+
+
 def migrate(argv: list[str]) -> int:
     """Create topics and schema."""
     from sync.__main__ import migrate as run
@@ -168,6 +181,7 @@ COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "serve": serve,
     "sync": sync,
     "all": run_all,
+    "check": check,
     "migrate": migrate,
     "reconcile": reconcile,
     "dead-letters": dead_letters,
@@ -182,7 +196,7 @@ def _raise_file_limit(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     log = logging.getLogger(__name__)
     log.info("up to %d files may be open", most)
-    if connections and most < connections + OTHER_FILES:
+    if connections and most < connections + config.OTHER_FILES:
         log.warning("too few for LIVE_MAX_CONNECTIONS=%d: raise the limit (ulimit -n) or lower that", connections)
 
 
@@ -199,7 +213,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
         return COMMANDS[sys.argv[1]](sys.argv[2:])
-    except ConfigError as error:
+    except (ConfigError, UwsError) as error:
         _say(error)
         return 2
 

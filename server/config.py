@@ -21,6 +21,9 @@ from server.errors import ConfigError
 MIN_SECRET_BYTES: Final = 32
 """HS256 takes keys of at least its hash's size (RFC 7518, section 3.2)."""
 
+OTHER_FILES: Final = 1100
+"""Open files of a server that are no WebSocket: HTTP connections at the busiest, stores, libraries."""
+
 _BOARD = re.compile(r"[a-z0-9_-]{1,64}")
 
 
@@ -104,6 +107,13 @@ def _networks(raw: str) -> tuple[str, ...]:
     return networks
 
 
+def _brokers(raw: str) -> str:
+    # Names, IPv4 and [IPv6] addresses.
+    if not all(re.fullmatch(r"([\w.-]+|\[[\da-fA-F:.]+\]):\d{1,5}", broker) for broker in _words(raw) or ("",)):
+        raise ValueError("host:port, separated by commas")
+    return raw
+
+
 def _database_url(raw: str) -> str:
     # What cannot be read here would be repeated, password and all, by whoever tries to connect with it.
     try:
@@ -124,6 +134,13 @@ class Settings:
 
     host: str = _setting("HOST", _text, "127.0.0.1", "address to listen on; the container image sets 0.0.0.0")
     port: int = _setting("PORT", _integer(0, 65535), 8080, "port to listen on; 0 takes a free one and logs it")
+    workers: int = _setting("WORKERS", _integer(1, 256), 1, "server processes that share the port, each on a core")
+    drain_delay_ms: int = _setting(
+        "DRAIN_DELAY_MS",
+        _integer(0, 600_000),
+        0,
+        "how long to serve on after SIGTERM, while /readyz says 503; longer than a proxy keeps idle connections",
+    )
     boards: tuple[str, ...] = _setting("BOARDS", _boards, ("main",), "the boards there are; another is 404")
     cors_origins: tuple[str, ...] = _setting(
         "CORS_ORIGINS", _origins, ("*",), "who may call from a browser; tokens travel in a header, never in cookies"
@@ -205,7 +222,7 @@ class Settings:
         "OUTBOX_MAX_BYTES", _integer(1_000_000, 2**40), 2**30, "outbox size above which updates get 503"
     )
 
-    kafka_brokers: str = _setting("KAFKA_BROKERS", _text, "127.0.0.1:9092", "host:port, separated by commas")
+    kafka_brokers: str = _setting("KAFKA_BROKERS", _brokers, "127.0.0.1:9092", "host:port, separated by commas")
     kafka_security_protocol: str = _setting(
         "KAFKA_SECURITY_PROTOCOL",
         _one_of("plaintext", "ssl", "sasl_plaintext", "sasl_ssl"),

@@ -61,6 +61,18 @@ SEND_BUFFER_BYTES: Final = 65_536
 """SO_SNDBUF that accepted sockets inherit: it bounds what the kernel buffers for a client that never reads."""
 
 _NO_LINGER: Final = struct.pack("ii", 1, 0)
+_SO_ATTACH_FILTER: Final = 26
+# Classic BPF over the TCP header: drops a SYN without ACK, the beginning of a connection, and lets all else pass.
+_NO_NEW_CONNECTIONS: Final = b"".join(
+    struct.pack("HBBI", *instruction)
+    for instruction in (
+        (0x30, 0, 0, 13),  # load the flags
+        (0x54, 0, 0, 0x12),  # of them SYN and ACK
+        (0x15, 0, 1, 0x02),  # SYN alone?
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0xFFFFFFFF),  # pass
+    )
+)
 EXCLUSIVE_PORT: Final = 1
 SHARED_PORT: Final = 0
 
@@ -68,6 +80,12 @@ BODY_TIMEOUT_S: Final = 10.0
 """Longest a body may take to arrive; uWebSockets itself bounds only the pauses in it."""
 
 SWEEP_INTERVAL_S: Final = 0.25
+HANDSHAKE_S: Final = 0.05
+"""How long the port takes no new connection before it closes: those that are being made come through meanwhile."""
+
+LINGER_S: Final = 0.5
+"""Longest that open connections without a request hold up the end: one may be on its way."""
+
 DISCARD_BYTES: Final = 4 * 2**20
 """How much of a body that is too large is read and dropped, so that its sender gets to see the 413."""
 
@@ -351,8 +369,11 @@ class Server:
         self._states: dict[int, Any] = {}
         self._callbacks: list[Any] = []
         self._listening: Any = None
+        self._connections: set[int] = set()
         options = ffi.new("struct us_socket_context_options_t *")
         self._app = lib.uws_create_app(SSL, options[0])
+        on_connection = self._keep("void(uws_res_t*, int, void*)", self._count_connection)
+        lib.uws_filter(SSL, self._app, on_connection, ffi.NULL)
         _running.append(self)
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
 
@@ -378,6 +399,13 @@ class Server:
         callback = ffi.callback(signature, function, onerror=_report)
         self._callbacks.append(callback)
         return callback
+
+    def _count_connection(self, res: Any, change: int, _user_data: Any) -> None:
+        """An HTTP connection was opened (1) or closed (-1); one that becomes a WebSocket leaves in `_upgrade`."""
+        if change > 0:
+            self._connections.add(_token(res))
+        else:
+            self._connections.discard(_token(res))
 
     def hold(self, request: Request) -> None:
         """Keep a request until it is answered or aborted."""
@@ -415,7 +443,7 @@ class Server:
 
         def accept_and_upgrade(context: Any) -> Handler:
             def handle(request: Request) -> None:
-                if self.draining:  # it would never be told to go
+                if self._listening is None:  # it would never be told to go
                     raise Problem(503, "restarting", headers=(("Retry-After", "1"),), close=True)
                 self._upgrade(request, context, events.accept(request))
 
@@ -464,6 +492,7 @@ class Server:
         protocol = request.header(b"sec-websocket-protocol")
         request.done = True
         self.pending.pop(request.token, None)
+        self._connections.discard(_token(request._res))
         user_data = _user_data(token)
         # No extensions are offered: compressing each frame for each socket would cost more than it saves.
         lib.uws_res_upgrade(SSL, request._res, user_data, key, len(key), protocol, len(protocol), b"", 0, context)
@@ -488,27 +517,57 @@ class Server:
         config.options = SHARED_PORT if shared else EXCLUSIVE_PORT
         lib.uws_app_listen_with_config(SSL, self._app, config[0], callback, ffi.NULL)
         if self._listening is None:
-            raise UwsError(f"cannot listen on {host}:{port}: taken by another process, or no address of this machine")
-        descriptor = _poll(_token(self._listening))
-        with socket.socket(fileno=os.dup(descriptor)) as listener:
+            raise UwsError(
+                f"cannot listen on {host}:{port}: taken by another process, or no address of this machine (HOST, PORT)"
+            )
+        with self._listener() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.listen(BACKLOG)
             bound: int = listener.getsockname()[1]
         return bound
 
-    async def drain(self, grace_s: float, goodbye: bytes) -> None:
-        """Stop listening, close every socket with 1001 and `goodbye`, and wait for the requests in flight."""
+    def _listener(self) -> socket.socket:
+        return socket.socket(fileno=os.dup(_poll(_token(self._listening))))
+
+    async def drain(self, grace_s: float, goodbye: bytes, delay_s: float = 0.0) -> None:
+        """End without losing a request, within `delay_s` + `grace_s`.
+
+        For `delay_s` only `draining` is set, and every answer closes its connection, so that a proxy which keeps idle
+        connections for less than that has none left. Then new connections are refused, every socket is closed
+        with 1001 and `goodbye`, and what is under way is answered.
+        """
         self.draining = True
-        if self._listening is not None:
-            lib.us_listen_socket_close(SSL, self._listening)
-            self._listening = None
+        await asyncio.sleep(delay_s)
+        await self._stop_listening()
         for connection in list(self.sockets.values()):
             connection.end(CloseCode.GOING_AWAY, goodbye)
-        deadline_s = time.monotonic() + grace_s
-        while self.pending and time.monotonic() < deadline_s:  # noqa: ASYNC110 - answers are not worth an event each
+        began_s = now_s = time.monotonic()
+        while self.pending or (self._connections and now_s < began_s + LINGER_S):
+            if now_s > began_s + grace_s:
+                break
             await asyncio.sleep(0.01)
+            now_s = time.monotonic()
         # A few more turns of the loop, so that close frames and last answers leave.
         await asyncio.sleep(0.05)
+
+    async def _stop_listening(self) -> None:
+        """Close the listening socket without resetting a connection that its client takes for made.
+
+        The kernel resets what has not been accepted when a socket that listens is closed, and a proxy may not send a
+        POST again that it has sent. So connections stop to begin first; who tries meanwhile tries again in a second.
+        """
+        if self._listening is None:
+            return
+        program = ctypes.create_string_buffer(_NO_NEW_CONNECTIONS)
+        instructions = struct.pack("HL", len(_NO_NEW_CONNECTIONS) // 8, ctypes.addressof(program))
+        try:
+            with self._listener() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, instructions)
+        except OSError as error:
+            _log.warning("connections being made now may be lost: no filter can be attached: %s", error)
+        await asyncio.sleep(HANDSHAKE_S)
+        listening, self._listening = self._listening, None
+        lib.us_listen_socket_close(SSL, listening)
 
 
 _running: list[Server] = []

@@ -1,0 +1,101 @@
+"""Several server processes on one port: `scoreboard serve` with WORKERS above 1.
+
+The parent holds the port, so that nobody else gets it, and never listens; each worker listens for itself
+(SO_REUSEPORT), and the kernel spreads connections over them. Knows nothing of what a worker does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from server.config import Settings
+from server.errors import UwsError
+from server.supervisor import Child, Supervisor, ended
+
+WORKER: Final = "--worker"
+"""Argument of `serve` that makes it one of several."""
+
+_LOOK_EVERY_S: Final = 0.05
+_log = logging.getLogger("workers")
+
+
+def hold_port(host: str, port: int) -> socket.socket:
+    """A socket that keeps `port` (a free one for 0) for processes of ours, without listening.
+
+    Raises UwsError when somebody else has it, be it a stale worker.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        holder = socket.socket(family)
+    except OSError as error:
+        raise UwsError(f"HOST: expected an address of this machine, got {host!r}: {error}") from error
+    try:
+        if family == socket.AF_INET6:
+            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # as uSockets does
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(address)
+    except OSError as error:
+        holder.close()
+        raise UwsError(f"PORT: expected a free one at {host}, got {port}: {error.strerror}") from error
+    # Only now that it is ours alone: set before, it would let us in beside whoever shares the port already.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    # That was for what a server before us left in TIME_WAIT; kept, it would let in a second parent before we listen.
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+    return holder
+
+
+def run(settings: Settings, grace_s: float) -> int:
+    """Run the workers until SIGTERM or SIGINT; a second signal ends them at once. Returns the exit status.
+
+    Raises UwsError when the port cannot be had.
+    """
+    with hold_port(settings.host, settings.port) as holder:
+        port = holder.getsockname()[1]
+        env = {**os.environ, "PORT": str(port)}
+        argv = [sys.executable, "-m", "server", "serve", WORKER]
+        names = [f"worker {number}" for number in range(1, settings.workers + 1)]
+        # Workers of a parent that was killed end as if it had told them to.
+        workers = [Child(name, argv, env, orphan_signal=signal.SIGTERM) for name in names]
+        _log.info("%d workers share port %d", len(workers), port)
+        return _run(workers, grace_s + settings.drain_delay_ms / 1000)
+
+
+def _run(workers: Sequence[Child], grace_s: float) -> int:
+    received: list[signal.Signals] = []
+
+    def note(number: int, _frame: object) -> None:
+        received.append(signal.Signals(number))
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, note)
+    supervisor = Supervisor(workers)
+    supervisor.start()
+    while not received:
+        supervisor.tend(_LOOK_EVERY_S)
+    _log.info("stopping on %s", received[0].name)
+    _tell(workers, signal.SIGTERM)
+    deadline_s = time.monotonic() + grace_s
+    while any(worker.running for worker in workers) and len(received) == 1 and time.monotonic() < deadline_s:
+        time.sleep(_LOOK_EVERY_S)
+    killed = [worker for worker in workers if worker.running]
+    for worker in killed:
+        worker.kill()
+    for worker in workers:
+        _log.info("%s %s", worker.name, ended(worker.status))
+    if len(received) > 1:
+        return 128 + received[1]
+    return 1 if killed else 0
+
+
+def _tell(workers: Sequence[Child], number: signal.Signals) -> None:
+    """All at once: one after the other would take as many drains as there are workers."""
+    for worker in workers:
+        if worker.running:
+            os.kill(worker.pid, number)
