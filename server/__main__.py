@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import resource
 import sys
@@ -139,8 +140,8 @@ def run_all(argv: list[str]) -> int:
     # In the order in which changes move: the server drains while the others still take what it accepted.
     children = [Child(name, [sys.executable, "-m", "server", *command]) for name, command in commands.items()]
     supervisor = Supervisor(children)
-    desk = Desk(settings.host, settings.port)
-    return supervisor.run(DRAIN_GRACE_S + 2, lambda: desk.answer(supervisor.complaints))
+    with contextlib.closing(Desk(settings.host, settings.port)) as desk:
+        return supervisor.run(DRAIN_GRACE_S + 2, lambda: desk.answer(supervisor.complaints))
 
 
 def health(argv: list[str]) -> int:

@@ -24,7 +24,7 @@ WELL: Final = "ok"
 
 
 class Desk:
-    """Where the supervisor is asked how its children are; open until the process ends."""
+    """Where the supervisor is asked how its children are."""
 
     def __init__(self, host: str, port: int) -> None:
         """Raises ConfigError when another supervisor on this machine has the same host and port."""
@@ -45,6 +45,10 @@ class Desk:
                 with asker, contextlib.suppress(OSError):  # who has left wants no answer
                     asker.setblocking(False)
                     asker.send(("\n".join(complaints()) or WELL).encode())
+
+    def close(self) -> None:
+        """Nobody is answered any more."""
+        self._socket.close()
 
 
 def health(argv: list[str]) -> int:

@@ -65,6 +65,7 @@ class Child:
         self.inherits: tuple[int, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
+        self._asked = False
 
     @property
     def pid(self) -> int:
@@ -89,6 +90,7 @@ class Child:
     def launch(self) -> None:
         """Start the process; returns before it is ready for anything."""
         assert not self.running, f"{self.name} runs already"
+        self._asked = False
         with contextlib.ExitStack() as stack:
             output = None
             if self.log:
@@ -112,14 +114,19 @@ class Child:
                 self._process.wait(timeout_s)
         return self.status
 
-    def stop(self, grace_s: float = 10.0) -> int | None:
-        """Ask it to end, wake it if it is paused, and kill it when `grace_s` is over; returns its exit status."""
-        if self.running:
+    def ask_to_stop(self) -> None:
+        """Tell it to end, once, and wake it if it is paused; does not wait."""
+        if self.running and not self._asked:
+            self._asked = True
             self._send(self.stop_signal)
             self.resume()
-            if self.wait(grace_s) is None:
-                _log.warning("%s did not end within %.0f s and is killed", self.name, grace_s)
-                self.kill()
+
+    def stop(self, grace_s: float = 10.0) -> int | None:
+        """Ask it to end, and kill it when `grace_s` is over; returns its exit status."""
+        self.ask_to_stop()
+        if self.running and self.wait(grace_s) is None:
+            _log.warning("%s did not end within %.0f s and is killed", self.name, grace_s)
+            self.kill()
         return self.status
 
     def kill(self) -> None:
@@ -234,7 +241,11 @@ class Supervisor:
             time.sleep(_LOOK_EVERY_S)
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End all of them in the order given, each before the next."""
+        """End the first, which takes work in, and then the others, which finish it, all at the same time."""
+        for child in self.children[:1]:
+            self.stop_one(child, grace_s)
+        for child in self.children:
+            child.ask_to_stop()
         for child in list(self.children):
             self.stop_one(child, grace_s)
 
@@ -256,7 +267,7 @@ class Supervisor:
     def run(
         self, grace_s: float = 10.0, on_turn: Callable[[], None] | None = None, give_up_after: int = GIVE_UP_AFTER
     ) -> int:
-        """Start all and tend them until SIGTERM or SIGINT, then stop them in order; `on_turn` is called every 50 ms.
+        """Start all and tend them until SIGTERM or SIGINT, then `stop` them; `on_turn` is called every 50 ms.
 
         Returns the exit status: 0 after such a stop; that of a child which has ended `give_up_after` times in a row
         (1 where it was 0), once the others are stopped; 128 and its number after a second signal, which ends all at

@@ -120,15 +120,32 @@ def test_child_that_ends_by_itself_starts_again_with_growing_delays(
     assert [f"again in {delay} s" in caplog.text for delay in (0.2, 0.4, 0.8)] == [True] * 3
 
 
-def test_stop_ends_children_in_order_each_before_the_next(tmp_path: Path, supervisor: Supervisor) -> None:
+def test_stop_ends_the_first_child_before_the_others_are_told(tmp_path: Path, supervisor: Supervisor) -> None:
     notes = tmp_path / "notes"
     children = [noting_its_end(name, notes) for name in ("first", "second", "third")]
     supervisor.children += children
     supervisor.start()
     wait_until(lambda: all("ready" in child.output_tail() for child in children))
     supervisor.stop()
-    assert notes.read_text() == "first second third "
+    ended_in_order = notes.read_text().split()
+    assert ended_in_order[0] == "first"
+    assert sorted(ended_in_order[1:]) == ["second", "third"]
     assert [child.status for child in children] == [0, 0, 0]
+
+
+def test_stop_tells_all_others_before_it_waits_for_one(tmp_path: Path, supervisor: Supervisor) -> None:
+    both = tmp_path / "second", tmp_path / "third"
+    on_term = "touch {0}; while ! [ -e {1} ]; do sleep 0.02; done; exit 0"
+    code = f"trap '{on_term}' TERM; echo ready; while :; do sleep 0.02; done"
+    waiting = [
+        Child(mine.name, ["sh", "-c", code.format(mine, other)], log=mine.with_suffix(".log"))
+        for mine, other in (both, both[::-1])
+    ]
+    supervisor.children += [Child("first", SLEEP), *waiting]
+    supervisor.start()
+    wait_until(lambda: all("ready" in child.output_tail() for child in waiting))
+    supervisor.stop(grace_s=30)
+    assert [child.status for child in waiting] == [0, 0]
 
 
 def test_stop_kills_what_does_not_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
