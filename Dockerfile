@@ -1,45 +1,82 @@
-# One container, server and sync: docker run -p 8080:8080 -e JWT_SECRET -e REDIS_HOST=… -e KAFKA_BROKERS=… -e DATABASE_URL=… scoreboard
+# One container: server, relay and persister. compose.yaml shows it with everything it needs; the root may be read-only.
+#
+#   docker build -t scoreboard --build-arg REVISION="$(git rev-parse HEAD)" .
+#   docker run --read-only -p 8080:8080 -e JWT_SECRET -e REDIS_HOST=… -e KAFKA_BROKERS=… -e DATABASE_URL=… scoreboard
 
-FROM python:3.13-slim-bookworm AS build
+# An exact version, since a tag without one moves. Who wants the very bytes pins the digest, which
+# `docker buildx imagetools inspect python:3.13.9-slim-bookworm` prints: …bookworm@sha256:…
+ARG BASE=python:3.13.9-slim-bookworm
+
+
+# hadolint ignore=DL3006
+FROM ${BASE} AS build
 
 WORKDIR /build
-RUN python -m venv /opt/scoreboard
-ENV PATH=/opt/scoreboard/bin:$PATH
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_NO_CACHE_DIR=1
+# Without pip: what this environment holds is what the image gets.
+RUN python -m venv --without-pip /opt/scoreboard
 
 # The dependencies first: this layer stays as long as they do.
 COPY pyproject.toml constraints.txt ./
 RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
         > requirements.txt \
-    && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt -r requirements.txt
+    && python -m pip --python /opt/scoreboard/bin/python install -c constraints.txt -r requirements.txt
 
 COPY README.md ./
 COPY server server
 COPY sync sync
-RUN pip install --no-cache-dir --disable-pip-version-check --no-deps .
+# Out goes what only other systems load, what only a compiler reads, and setuptools, which socketify asks for and never
+# imports. The .pyc files stay: 9 MB, and without them each start takes half a second longer.
+RUN python -m pip --python /opt/scoreboard/bin/python install --no-deps . \
+    && python -m pip --python /opt/scoreboard/bin/python uninstall -y setuptools \
+    && find /opt/scoreboard -name '*darwin*.so' -delete -o -name '*.dll' -delete -o -name '*.py[xi]' -delete \
+        -o -name '*.pxd' -delete -o -name '*.[ch]' -delete \
+    && find /opt/scoreboard -depth -type d -name tests -exec rm -r {} +
 
 
-FROM python:3.13-slim-bookworm
 
-# socketify's library is linked to the system's libuv.
+# hadolint ignore=DL3006
+FROM ${BASE}
+
+# socketify's library is linked to the system's libuv; its version is that of the base's Debian. Nothing is installed
+# from here on, so the base's pip goes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libuv1 \
-    && rm -rf /var/lib/apt/lists/* \
-    && useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin scoreboard
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log \
+    && groupadd --gid 10001 scoreboard \
+    && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /nonexistent \
+        --shell /usr/sbin/nologin scoreboard \
+    && python -m pip uninstall -y --no-cache-dir pip \
+    && rm -rf "$(python -c 'import ensurepip; print(ensurepip.__path__[0])')"
 
 COPY --from=build /opt/scoreboard /opt/scoreboard
 
 ENV PATH=/opt/scoreboard/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
     HOST=0.0.0.0 \
-    PORT=8080
+    PORT=8080 \
+    METRICS_HOST=0.0.0.0 \
+    RELAY_METRICS_PORT=9101 \
+    PERSISTER_METRICS_PORT=9102
 
-USER 10001
+USER 10001:10001
 WORKDIR /srv
-EXPOSE 8080
+# The server with its own metrics; the relay's metrics; the persister's.
+EXPOSE 8080 9101 9102
 STOPSIGNAL SIGTERM
 
-HEALTHCHECK --interval=10s --timeout=3s --start-period=15s \
-    CMD ["python", "-c", "import os, urllib.request as web; web.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/healthz\", timeout=2)"]
+# Of processes, not of stores: neither an outage nor a rebuild makes it unhealthy.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15s --retries=3 CMD ["scoreboard", "health"]
 
 CMD ["scoreboard", "all"]
+
+ARG REVISION=unknown
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title="scoreboard" \
+      org.opencontainers.image.description="A real-time scoreboard service: uWebSockets, Redis, Kafka, TimescaleDB" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.13.9-slim-bookworm"

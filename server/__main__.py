@@ -4,6 +4,7 @@ scoreboard serve       the server
 scoreboard sync        relay and persister; `sync relay` or `sync persister` for one of them
 scoreboard all         both of them: what the container runs
 scoreboard check       look at the configuration and every connection, and say what to do; changes nothing
+scoreboard health      ask how the processes of `all` (or `serve`) are: what the container's health check runs
 scoreboard migrate     create the Kafka topics and the database schema
 scoreboard reconcile   compare Redis with the database; --repair puts the database right
 scoreboard dead-letters   list the records that could not be stored; --replay sends them once more
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import resource
 import sys
@@ -132,14 +134,30 @@ def sync(argv: list[str]) -> int:
 
 
 def run_all(argv: list[str]) -> int:
-    """Run server and sync as child processes until SIGTERM; one that ends is started again."""
+    """Run server, relay and persister until SIGTERM; one that ends is started again, unless it ends too often."""
     from server.auth import Authenticator
+    from server.health import Desk
     from server.supervisor import Child, Supervisor
 
     argparse.ArgumentParser(prog="scoreboard all", description="Run server and sync.").parse_args(argv)
-    Authenticator(config.load())  # said once here, rather than by children that start again and again
-    children = [Child(command, [sys.executable, "-m", "server", command]) for command in ("serve", "sync")]
-    return Supervisor(children).run(grace_s=DRAIN_GRACE_S + 2)
+    settings = config.load()
+    Authenticator(settings)  # said once here, rather than by children that start again and again
+    commands = {"server": ["serve"], "relay": ["sync", "relay"], "persister": ["sync", "persister"]}
+    # In the order in which changes move: the server drains while the others still take what it accepted.
+    children = [Child(name, [sys.executable, "-m", "server", *command]) for name, command in commands.items()]
+    supervisor = Supervisor(children)
+    grace_s = DRAIN_GRACE_S + 2 + settings.drain_delay_ms / 1000
+    if settings.workers > 1:
+        grace_s += 2  # their parent gives them as long, and then has to end
+    with contextlib.closing(Desk(settings.host, settings.port)) as desk:
+        return supervisor.run(grace_s, lambda: desk.answer(supervisor.complaints))
+
+
+def health(argv: list[str]) -> int:
+    """Ask how the processes are."""
+    from server.health import health as run
+
+    return run(argv)
 
 
 def check(argv: list[str]) -> int:
@@ -182,6 +200,7 @@ COMMANDS: Final[dict[str, Callable[[list[str]], int]]] = {
     "sync": sync,
     "all": run_all,
     "check": check,
+    "health": health,
     "migrate": migrate,
     "reconcile": reconcile,
     "dead-letters": dead_letters,

@@ -15,14 +15,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 FIRST_DELAY_S: Final = 0.2
 LONGEST_DELAY_S: Final = 5.0
-STEADY_AFTER_S: Final = 10.0
-"""A child that lived this long starts over with the first delay."""
+STEADY_AFTER_S: Final = 60.0
+"""A child that lived this long is taken for a sound one: delays and the count of its ends start over."""
+
+GIVE_UP_AFTER: Final = 10
+"""Ends in a row, none after a steady life: half a minute at least. What a failover of a store may end is back by then,
+and a container that is given up takes the parts along that were well."""
 
 _LOOK_EVERY_S: Final = 0.05
 _PR_SET_PDEATHSIG: Final = 1
@@ -61,6 +65,7 @@ class Child:
         self.inherits: tuple[int, ...] = ()
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
+        self._asked = False
 
     @property
     def pid(self) -> int:
@@ -85,6 +90,7 @@ class Child:
     def launch(self) -> None:
         """Start the process; returns before it is ready for anything."""
         assert not self.running, f"{self.name} runs already"
+        self._asked = False
         with contextlib.ExitStack() as stack:
             output = None
             if self.log:
@@ -108,14 +114,19 @@ class Child:
                 self._process.wait(timeout_s)
         return self.status
 
-    def stop(self, grace_s: float = 10.0) -> int | None:
-        """Ask it to end, wake it if it is paused, and kill it when `grace_s` is over; returns its exit status."""
-        if self.running:
+    def ask_to_stop(self) -> None:
+        """Tell it to end, once, and wake it if it is paused; does not wait."""
+        if self.running and not self._asked:
+            self._asked = True
             self._send(self.stop_signal)
             self.resume()
-            if self.wait(grace_s) is None:
-                _log.warning("%s did not end within %.0f s and is killed", self.name, grace_s)
-                self.kill()
+
+    def stop(self, grace_s: float = 10.0) -> int | None:
+        """Ask it to end, and kill it when `grace_s` is over; returns its exit status."""
+        self.ask_to_stop()
+        if self.running and self.wait(grace_s) is None:
+            _log.warning("%s did not end within %.0f s and is killed", self.name, grace_s)
+            self.kill()
         return self.status
 
     def kill(self) -> None:
@@ -160,11 +171,7 @@ class Child:
 
 def alive(pid: int) -> bool:
     """Whether a process runs under `pid`; a zombie does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+    return _process_state(pid) not in ("", "Z", "X")
 
 
 def _descendants(pid: int) -> Iterator[int]:
@@ -182,11 +189,37 @@ def _signal_if_there(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def _process_state(pid: int) -> str:
+    """The kernel's letter for what the process does, such as S or T; empty when it is not there."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[0]
+
+
+class _GivenUpError(Exception):
+    """A child ended too often; its last exit status."""
+
+    def __init__(self, status: int | None) -> None:
+        super().__init__(ended(status))
+        self.status = status
+
+
+class _Impatient(BaseException):
+    """Told to stop while stopping: at once, then."""
+
+
 class Supervisor:
-    """Keeps children running: one that ends is started again, after 0.2 s at first and 5 s at most."""
+    """Keeps children running: one that ends is started again, after 0.2 s at first and 5 s at most.
+
+    `tend` does so for ever, `run` until a child has ended too often.
+    """
 
     def __init__(self, children: Sequence[Child]) -> None:
         self.children = list(children)
+        self._give_up_after: int | None = None
+        self._ends: dict[str, int] = {}
         self._started_at: dict[str, float] = {}
         self._delays: dict[str, float] = {}
         self._restart_at: dict[str, float] = {}
@@ -208,7 +241,11 @@ class Supervisor:
             time.sleep(_LOOK_EVERY_S)
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End all of them in the order given, each before the next."""
+        """End the first, which takes work in, and then the others, which finish it, all at the same time."""
+        for child in self.children[:1]:
+            self.stop_one(child, grace_s)
+        for child in self.children:
+            child.ask_to_stop()
         for child in list(self.children):
             self.stop_one(child, grace_s)
 
@@ -217,23 +254,58 @@ class Supervisor:
         self.children.remove(child)
         _log.info("%s %s", child.name, ended(child.stop(grace_s)))
 
-    def run(self, grace_s: float = 10.0) -> int:
-        """Start all, tend them until SIGTERM or SIGINT comes, stop all; returns the exit status, 0."""
-        stopping = False
+    def complaints(self) -> list[str]:
+        """What is wrong with children at this moment, in words: one does not run, or is paused (SIGSTOP)."""
+        found = []
+        for child in self.children:
+            if not child.running:
+                found.append(f"{child.name} {ended(child.status)}")
+            elif _process_state(child.pid) in ("T", "t"):
+                found.append(f"{child.name} is paused")
+        return found
 
-        def stop(*_: object) -> None:
-            nonlocal stopping
-            stopping = True
+    def run(
+        self, grace_s: float = 10.0, on_turn: Callable[[], None] | None = None, give_up_after: int = GIVE_UP_AFTER
+    ) -> int:
+        """Start all and tend them until SIGTERM or SIGINT, then `stop` them; `on_turn` is called every 50 ms.
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        Returns the exit status: 0 after such a stop; that of a child which has ended `give_up_after` times in a row
+        (1 where it was 0), once the others are stopped; 128 and its number after a second signal, which ends all at
+        once.
+        """
+        received = _StopSignals()
+        self._give_up_after = give_up_after
+        everyone = list(self.children)
+        status = 0
         try:
-            self.start()
-            while not stopping:
-                self.tend(_LOOK_EVERY_S)
-        finally:
+            try:
+                self.start()
+                while not received.numbers:
+                    self.tend(_LOOK_EVERY_S)
+                    self._reap_orphans()
+                    if on_turn:
+                        on_turn()
+            except _GivenUpError as given_up:
+                status = exit_status(given_up.status) or 1
             self.stop(grace_s)
-        return 0
+        except _Impatient:
+            _log.warning("told to stop once more: everything ends at once")
+            status = 128 + received.numbers[1]
+        finally:
+            received.ignore()
+            for child in everyone:
+                child.kill()
+        return status
+
+    def _reap_orphans(self) -> None:
+        """Collect what children leave behind: process 1 of a container inherits it."""
+        ours = {child.pid for child in self.children if child.running}
+        with contextlib.suppress(ChildProcessError):
+            # Looked at first: the status of a child of ours is for its Child to collect.
+            while found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if found.si_pid in ours:
+                    return
+                os.waitpid(found.si_pid, 0)
 
     def _launch(self, child: Child) -> None:
         try:
@@ -246,6 +318,10 @@ class Supervisor:
     def _restart(self, child: Child, now: float) -> None:
         if child.name not in self._restart_at:
             alive_s = now - self._started_at[child.name]
+            ends = self._ends[child.name] = 1 if alive_s >= STEADY_AFTER_S else self._ends.get(child.name, 0) + 1
+            if ends == self._give_up_after:
+                _log.error("%s %s, %d times in a row by now: giving up", child.name, ended(child.status), ends)
+                raise _GivenUpError(child.status)
             delay_s = self._delays[child.name] = next_delay(self._delays.get(child.name), alive_s)
             self._restart_at[child.name] = now + delay_s
             said = ended(child.status)
@@ -253,6 +329,25 @@ class Supervisor:
         elif now >= self._restart_at[child.name]:
             del self._restart_at[child.name]
             self._launch(child)
+
+
+class _StopSignals:
+    """Notes SIGTERM and SIGINT; raises _Impatient at the second."""
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def ignore(self) -> None:
+        """The end is under way."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.numbers.append(number)
+        if len(self.numbers) == 2:
+            raise _Impatient
 
 
 def next_delay(last_s: float | None, alive_s: float) -> float:
@@ -269,6 +364,13 @@ def ended(status: int | None) -> str:
     if status < 0:
         return f"was killed by {signal.Signals(-status).name}"
     return f"exited with status {status}"
+
+
+def exit_status(status: int | None) -> int:
+    """A child's exit status as a shell gives it on: 128 and the number for a signal, 1 if it never started."""
+    if status is None:
+        return 1
+    return status if status >= 0 else 128 - status
 
 
 def _wrapped(argv: list[str], orphan_signal: signal.Signals, owner: tuple[int, int] | None) -> list[str]:

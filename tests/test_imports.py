@@ -14,7 +14,7 @@ CORE = {
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild"}
-PROCESSES = {"supervisor", "embedded", "workers"}  # child processes: apart from everything that serves
+PROCESSES = {"supervisor", "embedded", "workers", "health"}  # child processes: apart from everything that serves
 COMMANDS = {"__main__", "dev", "dev_screen", "demo", "check"}
 NEVER = {
     "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,30 @@ def supervisor() -> Iterator[Supervisor]:
     for child in supervisor.children:
         if child.running:
             child.kill()
+
+
+InAProcess = Callable[[str], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def in_a_process() -> Iterator[InAProcess]:
+    """Runs code in a process of its own, with what it and its children say in its stdout."""
+    head = """
+import logging, sys
+from pathlib import Path
+from server.supervisor import Child, Supervisor
+logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+"""
+    with contextlib.ExitStack() as stack:
+
+        def run(code: str) -> subprocess.Popen[str]:
+            argv = [sys.executable, "-u", "-c", head + code]
+            process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield run
 
 
 def noting_its_end(name: str, notes: Path) -> Child:
@@ -50,8 +75,8 @@ def test_delay_doubles_up_to_five_seconds() -> None:
     assert delays == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
 
 
-def test_delay_starts_over_after_ten_seconds_alive() -> None:
-    assert next_delay(5.0, 10.0) == 0.2
+def test_delay_starts_over_after_a_minute_alive() -> None:
+    assert [next_delay(5.0, alive_s) for alive_s in (59.0, 60.0)] == [5.0, 0.2]
 
 
 def test_status_in_words() -> None:
@@ -95,15 +120,32 @@ def test_child_that_ends_by_itself_starts_again_with_growing_delays(
     assert [f"again in {delay} s" in caplog.text for delay in (0.2, 0.4, 0.8)] == [True] * 3
 
 
-def test_stop_ends_children_in_order_each_before_the_next(tmp_path: Path, supervisor: Supervisor) -> None:
+def test_stop_ends_the_first_child_before_the_others_are_told(tmp_path: Path, supervisor: Supervisor) -> None:
     notes = tmp_path / "notes"
     children = [noting_its_end(name, notes) for name in ("first", "second", "third")]
     supervisor.children += children
     supervisor.start()
     wait_until(lambda: all("ready" in child.output_tail() for child in children))
     supervisor.stop()
-    assert notes.read_text() == "first second third "
+    ended_in_order = notes.read_text().split()
+    assert ended_in_order[0] == "first"
+    assert sorted(ended_in_order[1:]) == ["second", "third"]
     assert [child.status for child in children] == [0, 0, 0]
+
+
+def test_stop_tells_all_others_before_it_waits_for_one(tmp_path: Path, supervisor: Supervisor) -> None:
+    both = tmp_path / "second", tmp_path / "third"
+    on_term = "touch {0}; while ! [ -e {1} ]; do sleep 0.02; done; exit 0"
+    code = f"trap '{on_term}' TERM; echo ready; while :; do sleep 0.02; done"
+    waiting = [
+        Child(mine.name, ["sh", "-c", code.format(mine, other)], log=mine.with_suffix(".log"))
+        for mine, other in (both, both[::-1])
+    ]
+    supervisor.children += [Child("first", SLEEP), *waiting]
+    supervisor.start()
+    wait_until(lambda: all("ready" in child.output_tail() for child in waiting))
+    supervisor.stop(grace_s=30)
+    assert [child.status for child in waiting] == [0, 0]
 
 
 def test_stop_kills_what_does_not_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -155,6 +197,101 @@ def test_program_that_is_not_there_is_named(tmp_path: Path) -> None:
     child.start()
     assert child.wait(10) == 1
     assert "/no/such/program: [Errno 2]" in child.output_tail()
+
+
+def test_what_is_wrong_with_children_is_told_in_words(supervisor: Supervisor) -> None:
+    well, paused, dead = (Child(name, SLEEP) for name in ("well", "paused", "dead"))
+    supervisor.children += [well, paused, dead]
+    assert supervisor.complaints() == [f"{name} was not running" for name in ("well", "paused", "dead")]
+    supervisor.start()
+    assert supervisor.complaints() == []
+    paused.pause()
+    dead.kill()
+    wait_until(lambda: "paused is paused" in supervisor.complaints())  # a stop is not there at once
+    assert supervisor.complaints() == ["paused is paused", "dead was killed by SIGKILL"]
+    paused.resume()
+    wait_until(lambda: supervisor.complaints() == ["dead was killed by SIGKILL"])
+
+
+@pytest.mark.parametrize(("ending", "status"), [("exit 3", 3), ("exit 0", 1), ("kill -KILL $$", 137)])
+def test_child_that_ends_again_and_again_takes_the_others_down(
+    tmp_path: Path, in_a_process: InAProcess, ending: str, status: int
+) -> None:
+    supervised = in_a_process(f"""
+other = Child("other", ["sleep", "1000"])
+brief = Child("brief", ["sh", "-c", "echo x >> {tmp_path}/starts; {ending}"])
+sys.exit(Supervisor([other, brief]).run(give_up_after=3))
+""")
+    said = supervised.communicate(timeout=60)[0]
+    assert supervised.returncode == status
+    assert (tmp_path / "starts").read_text() == "x\n" * 3
+    assert "3 times in a row by now: giving up" in said
+    assert "other was killed by SIGTERM" in said
+
+
+def test_program_that_cannot_be_started_is_given_up_too(in_a_process: InAProcess) -> None:
+    supervised = in_a_process("""
+absent = Child("absent", ["true"], cwd=Path("/no/such/directory"))
+sys.exit(Supervisor([absent]).run(give_up_after=2))
+""")
+    said = supervised.communicate(timeout=60)[0]
+    assert supervised.returncode == 1
+    assert "absent cannot be started" in said
+
+
+def test_ends_count_from_the_start_after_a_steady_life(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.STEADY_AFTER_S", 0.0)
+    child = Child("steady", SLEEP)
+    supervisor.children.append(child)
+    supervisor._give_up_after = 2
+    supervisor.start()
+    for _ in range(4):
+        before = child.pid
+        child.kill()
+
+        def started_again(before: int = before) -> bool:
+            supervisor.tend(0.05)
+            return child.pid != before
+
+        wait_until(started_again)
+    assert child.running
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_everything_at_once(
+    tmp_path: Path, in_a_process: InAProcess, number: signal.Signals
+) -> None:
+    log = tmp_path / "log"
+    supervised = in_a_process(f"""
+deaf = Child("deaf", ["sh", "-c", "trap 'echo deaf to it' TERM; echo $$; while true; do sleep 0.05; done"],
+    log=Path({str(log)!r}))
+sys.exit(Supervisor([deaf]).run(grace_s=1000))
+""")
+    pid = int(wait_until(lambda: log.exists() and log.read_text().strip()) or 0)
+    supervised.send_signal(number)
+    wait_until(lambda: "deaf to it" in log.read_text())
+    supervised.send_signal(number)
+    assert supervised.wait(60) == 128 + number
+    assert not alive(pid)
+    assert supervised.communicate()[0].count("told to stop once more") == 1
+
+
+def test_what_children_leave_behind_is_collected(in_a_process: InAProcess) -> None:
+    supervised = in_a_process("""
+import ctypes
+assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # PR_SET_CHILD_SUBREAPER: orphans come to us, as to process 1
+leaves = ["sh", "-c", "for i in 1 2 3; do sh -c 'sleep 0.1 &'; done; echo left; exec sleep 1000"]
+sys.exit(Supervisor([Child("leaving", leaves)]).run())
+""")
+
+    def children() -> list[str]:
+        return Path(f"/proc/{supervised.pid}/task/{supervised.pid}/children").read_text().split()
+
+    assert supervised.stdout is not None
+    assert supervised.stdout.readline() == "left\n"
+    wait_until(lambda: len(children()) == 1, message="zombies stay")
+    supervised.terminate()
+    assert supervised.wait(60) == 0
 
 
 PARENT = """

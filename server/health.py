@@ -1,0 +1,100 @@
+"""`scoreboard health`: what a container's HEALTHCHECK asks. Of processes, not of stores: a rebuild is no illness.
+
+The server is asked for /healthz. Relay and persister have no ear, so the supervisor of `scoreboard all` answers for
+its children, on an abstract Unix socket: it takes no file, so the root may be read-only, and a container's network
+keeps it to the container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from server import config
+from server.errors import ConfigError
+
+WITHIN_S: Final = 2.0
+"""Longest wait for each of the two answers."""
+
+WELL: Final = "ok"
+
+
+class Desk:
+    """Where the supervisor is asked how its children are."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Raises ConfigError when another supervisor on this machine has the same host and port."""
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.bind(_desk_of(host, port))
+        except OSError as error:
+            self._socket.close()
+            raise ConfigError(f"PORT: expected one that no other scoreboard has, got {port}: {error}") from error
+        self._socket.listen(16)
+        self._socket.setblocking(False)
+
+    def answer(self, complaints: Callable[[], Sequence[str]]) -> None:
+        """Answer those who have asked since the last time; never waits."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                asker, _ = self._socket.accept()
+                with asker, contextlib.suppress(OSError):  # who has left wants no answer
+                    asker.setblocking(False)
+                    asker.send(("\n".join(complaints()) or WELL).encode())
+
+    def close(self) -> None:
+        """Nobody is answered any more."""
+        self._socket.close()
+
+
+def health(argv: list[str]) -> int:
+    """Say how server, relay and persister are; 0 if all of them are well, else 1."""
+    description = "Whether the processes are well. Stores may be away: see /readyz for what works."
+    argparse.ArgumentParser(prog="scoreboard health", description=description).parse_args(argv)
+    settings = config.load()
+    complaints = [*of_supervisor(settings.host, settings.port), *of_server(settings.host, settings.port)]
+    sys.stdout.write("\n".join(complaints or [WELL]) + "\n")
+    return 1 if complaints else 0
+
+
+def of_supervisor(host: str, port: int) -> list[str]:
+    """What the supervisor has to complain of; nothing where there is none (`serve` alone)."""
+    with socket.socket(socket.AF_UNIX) as desk:
+        desk.settimeout(WITHIN_S)
+        try:
+            desk.connect(_desk_of(host, port))
+            said = _read_all(desk).decode()
+        except ConnectionRefusedError:
+            return []
+        except OSError as error:
+            return [f"the supervisor does not answer: {error}"]
+    return [] if said == WELL else said.splitlines() or ["the supervisor does not answer"]
+
+
+def of_server(host: str, port: int) -> list[str]:
+    """What is wrong with GET /healthz, if anything."""
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    try:
+        with socket.create_connection((reached, port), WITHIN_S) as server:
+            server.sendall(f"GET /healthz HTTP/1.1\r\nHost: {reached}\r\nConnection: close\r\n\r\n".encode())
+            status_line = _read_all(server).partition(b"\r\n")[0].decode("latin-1")
+    except OSError as error:
+        return [f"the server does not answer at {reached}, port {port}: {error}"]
+    if status_line.split()[1:2] != ["200"]:
+        return [f"the server says of /healthz: {status_line or 'nothing'}"]
+    return []
+
+
+def _desk_of(host: str, port: int) -> str:
+    return f"\0scoreboard/{host}/{port}"
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    said = b""
+    while part := connection.recv(4096):
+        said += part
+    return said
