@@ -139,6 +139,10 @@ for i = 1, #players do
 end
 
 -- Write.
+-- What has expired goes before anything else, for nothing was read of it: while a slot moves to another node of a
+-- cluster, a call fails whose key is not here. Reading has shown that of all other keys.
+if next(charged) then call('UNLINK', limit_key .. span - 2) end  -- expiring it would free it in the foreground
+if #fresh > 0 then call('UNLINK', count_key .. count_span - 2) end
 if accepted > 1 then
     if #fresh > 0 then
         call('XADD', KEYS[1], '*', 'batch', cmsgpack.pack(changes), 'memory', cmsgpack.pack(memory))
@@ -168,7 +172,6 @@ if next(charged) then
     end
     call('HSET', limit_key .. span, unpack(fields))
     call('PEXPIRE', limit_key .. span, math.ceil(3 * span_us / 1000))
-    call('UNLINK', limit_key .. span - 2)                    -- expiring it would free it in the foreground
 end
 if #fresh > 0 then
     for _, name in ipairs(fresh) do call('SET', answer_key .. name, kept[name], 'EX', ttl_s) end
@@ -179,7 +182,6 @@ if #fresh > 0 then
     if #fields > 0 then
         call('HSET', count_key .. count_span, unpack(fields))
         call('EXPIRE', count_key .. count_span, 2 * ttl_s)
-        call('UNLINK', count_key .. count_span - 2)
     end
 end
 local packed = cmsgpack.pack(reply)

@@ -179,7 +179,7 @@ class _Mending:
                 async with self._database.snapshot() as snapshot:
                     self._tail_starts(await self._stored_offsets(snapshot), log)
             else:
-                ends = await asyncio.to_thread(tail.fence, self._epoch)
+                ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
                 starts = await asyncio.to_thread(tail.first_since, last[0])
                 async for records in self._records(tail, starts, ends, Fences()):
                     missing = [record for record in records if record.event.version > last]
@@ -201,7 +201,8 @@ class _Mending:
             # Not before all sources have spoken: a refusal must not cost what Redis still has.
             await self._clear()
             settle = self._fold.settle
-            async with aclosing(snapshot.scores()) as chunks:
+            boards = [each for each in await snapshot.boards() if self._keys.holds(each)] if self._keys.tag else None
+            async with aclosing(snapshot.scores(boards)) as chunks:
                 async for rows in chunks:
                     await self._write(
                         [(board, name, settle(board, name, score, (ms, seq))) for board, name, score, ms, seq in rows]
@@ -269,12 +270,12 @@ class _Mending:
     ) -> None:
         """Take the events from `starts` on, and what is to be remembered of those before."""
         since_ms = time.time_ns() // 1_000_000 - 1000 * self._settings.idempotency_restore_s
-        ends = await asyncio.to_thread(tail.fence, self._epoch)
+        ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
         recent = await asyncio.to_thread(tail.first_since, since_ms)
         earlier = {number: min(start, recent[number]) for number, start in starts.items()}
         async for records in self._records(tail, earlier, starts, Fences()):
             await self._remember((record.event, record.memory) for record in records if record.event.at >= since_ms)
-        fences = Fences({number: it.epoch for number, it in stored.items() if it.topic_id == log.topic_id})
+        fences = Fences({number: it.epochs for number, it in stored.items() if it.topic_id == log.topic_id})
         async for records in self._records(tail, starts, ends, fences):
             for record in records:
                 self._fold.add(record.event)
@@ -285,8 +286,8 @@ class _Mending:
     ) -> AsyncIterator[list[Record]]:
         await asyncio.to_thread(tail.start, starts, ends, fences)
         while records := await asyncio.to_thread(tail.read):
-            yield records
-        self.highest_fence = max(self.highest_fence, *fences.epochs.values(), 0)
+            yield [record for record in records if self._keys.holds(record.event.board)]
+        self.highest_fence = max(self.highest_fence, fences.highest(self._keys.tag))
         if fences.void:
             _log.warning("%d events in Kafka do not count: Redis had lost them before", fences.void)
 

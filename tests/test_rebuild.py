@@ -434,7 +434,7 @@ class TestFence:
     ) -> None:
         put_fences(settings, epoch=6)
         writing = store.Store(settings.database_url)
-        writing.persist([], settings.kafka_topic, look_up(settings).topic_id, {0: 1}, {0: 6})
+        writing.persist([], settings.kafka_topic, look_up(settings).topic_id, {0: 1}, {0: {"": 6}})
         writing.close()
         send(settings, event("ann", 1000, score=1), memory=MEMORY, epoch=5)
         send(settings, event("bob", 1000, score=2), epoch=6)
