@@ -183,6 +183,9 @@ class Settings:
     redis_host: str = _setting("REDIS_HOST", _text, "127.0.0.1", "Redis 7.0 or newer, or Valkey")
     redis_port: int = _setting("REDIS_PORT", _integer(1, 65535), 6379, "")
     redis_password: str = _setting("REDIS_PASSWORD", _text, "", "", secret=True)
+    redis_cluster: int = _setting(
+        "REDIS_CLUSTER", _integer(0, 1), 0, "1: a Redis Cluster; REDIS_HOST then names some of its nodes, host:port,…"
+    )
     redis_key_prefix: str = _setting("REDIS_KEY_PREFIX", _text, "", "put before every key, to share a Redis")
     outbox_max_bytes: int = _setting(
         "OUTBOX_MAX_BYTES", _integer(1_000_000, 2**40), 2**30, "outbox size above which updates get 503"
@@ -275,6 +278,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         except ValueError as error:
             shown = f"{len(raw)} characters" if secret else repr(raw)
             faults.append(f"{variable}: expected {error}, got {shown}")
+    prefix = values.get("redis_key_prefix", "")
+    if values.get("redis_cluster") and set(prefix) & set("{}"):
+        faults.append(f"REDIS_KEY_PREFIX: expected no braces with REDIS_CLUSTER=1, got {prefix!r}")
     path = values.get("jwt_secret_file")
     if path:
         try:

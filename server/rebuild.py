@@ -30,6 +30,7 @@ from server.keys import Keys
 from server.rebuild_lock import Command, RebuildLock
 from server.redis_connection import RedisConnection
 from server.replay import Fold, Log, StoredOffset, end_of_entry, entry_of, kept_answer, tail_starts
+from server.slots import check_mode
 
 LOCK_POLL_S: Final = 0.1
 CHUNK_PLAYERS: Final = 2000
@@ -64,7 +65,7 @@ class Verifier:
         `on_wait` is told why, before what may take a while. Raises NotReady when Redis cannot be trusted for now,
         ConnectionError when it is gone.
         """
-        run_id = await _check_process(connection)
+        run_id = await _check_process(connection, in_cluster=bool(self._settings.redis_cluster))
         while not await self._is_verified(connection, run_id):
             lock = await RebuildLock.take(connection, self._keys.rebuild_lock)
             if lock is None:
@@ -126,13 +127,14 @@ class Verifier:
         _log.info("%s: %d players in %.1f s", what, players, time.monotonic() - started_s)
 
 
-async def _check_process(connection: RedisConnection) -> bytes:
+async def _check_process(connection: RedisConnection, *, in_cluster: bool) -> bytes:
     """The run_id of the Redis process behind this connection.
 
-    Raises NotReady if that process might evict what it should keep, or cannot be written.
+    Raises NotReady if that process might evict what it should keep, cannot be written, or is not in a cluster as said.
     """
     info: bytes = await connection.execute("INFO")
     fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+    check_mode(wanted=in_cluster, found=fields.get(b"cluster_enabled") == b"1")
     policy = fields[b"maxmemory_policy"].decode()
     if policy != "noeviction":
         raise NotReady(f"Redis setting maxmemory-policy: expected noeviction, got {policy}")

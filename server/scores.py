@@ -25,6 +25,7 @@ from server.events import MAX_BATCH
 from server.keys import Keys
 from server.pages import Page, entries_of, page_json
 from server.redis_connection import RedisConnection, open_connection, pack
+from server.slots import Address, is_elsewhere
 
 RETRY_S: Final = 0.2
 WATCH_INTERVAL_S: Final = 1.0
@@ -52,6 +53,11 @@ Verify = Callable[[RedisConnection, Callable[[str], None]], Awaitable[str]]
 """Makes sure that the Redis behind a new connection can be trusted, and says the epoch; calls back with the reason
 before what may take a while."""
 
+Locate = Callable[[], Awaitable[Address]]
+"""Where the Redis is to connect to, asked before every connection; raises NotReady while nobody knows."""
+
+BoardCommand = tuple[str, tuple[str | int, ...]]
+"""The board that a command reads, and the command."""
 
 _EXPECTED: Final = (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError)
 """What a Redis that comes and goes may raise."""
@@ -69,8 +75,9 @@ class Scores:
         on_outcome: OnOutcome,
         on_problem: OnProblem,
         on_page: OnPage,
+        locate: Locate | None = None,
     ) -> None:
-        """`on_page` gets None as the page when Redis cannot be read."""
+        """`on_page` gets None as the page when Redis cannot be read; without `locate`, Redis is where settings say."""
         self.epoch: str | None = None
         self.reason = "not connected to Redis yet"
         self.outbox_bytes = 0
@@ -83,6 +90,8 @@ class Scores:
         self._on_page = on_page
         self._deadline_s = settings.request_deadline_ms / 1000
         self._script = Script(settings, keys)
+        self._locate = locate
+        self._address: Address = settings.redis_host, settings.redis_port
         self._connection: RedisConnection | None = None
         self._lost = asyncio.Event()
         self._away_since_s = time.monotonic()
@@ -152,7 +161,7 @@ class Scores:
         if not page.in_flight:
             self._schedule_flush()
 
-    def read(self, commands: list[tuple[str | int, ...]], on_replies: Callable[[list[Any] | None], None]) -> None:
+    def read(self, commands: list[BoardCommand], on_replies: Callable[[list[Any] | None], None]) -> None:
         """Run read commands in one go; `on_replies` gets all replies, or None when Redis cannot be read."""
         connection = self._connection
         if self.epoch is None or connection is None:
@@ -166,7 +175,7 @@ class Scores:
                 failed = any(isinstance(reply, Exception) for reply in replies)
                 on_replies(None if failed else replies)
 
-        for command in commands:
+        for _, command in commands:
             connection.send(pack(command), collect)
 
     # ------------------------------------------------------------------ batches
@@ -195,7 +204,7 @@ class Scores:
         assert self.epoch is not None
         argument = self._script.argument(lane, self.epoch, updates)
         command = pack((b"EVALSHA", self._sha, 1, self._keys.outbox, argument))
-        lane.in_flight = Batch(command, self.epoch, updates.waiters)
+        lane.in_flight = Batch(command, self.epoch, updates)
         self.batches += 1
         self.batched_updates += len(updates.waiters)
         self._send(lane, lane.in_flight)
@@ -211,6 +220,12 @@ class Scores:
             return  # kept: it is sent again, under the same number, over the next connection
         lane.in_flight = None
         if isinstance(reply, hiredis.ReplyError):
+            if is_elsewhere(str(reply)) and not batch.sent_again:
+                # Nothing was done, so they may wait until it is known where their board is: a slot moves, or a master
+                # was replaced.
+                lane.waiting.put_first(batch.updates)
+                self._suspect(f"Redis does not have the board now: {reply}")
+                return
             self._refuse(batch, f"Redis refused the batch: {reply}")
             if "WRONGTYPE" in str(reply):
                 self._distrust("a key of the scoreboard is of another type")
@@ -274,16 +289,16 @@ class Scores:
                 except Exception as error:
                     if not isinstance(error, _EXPECTED):
                         _log.exception("looking after Redis failed: beginning again")
-                    self._suspect(
-                        f"Redis at {self._settings.redis_host}:{self._settings.redis_port}: {_sentence(error)}"
-                    )
+                    self._suspect(f"Redis at {self._address[0]}:{self._address[1]}: {_sentence(error)}")
                 await asyncio.sleep(RETRY_S)
         finally:
             sweeper.cancel()
 
     async def _connect(self) -> None:
         self._lost.clear()
-        connection = self._connection = await open_connection(self._settings, self._on_lost)
+        if self._locate is not None:
+            self._address = await self._locate()
+        connection = self._connection = await open_connection(self._settings, self._on_lost, self._address)
         self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
         async with asyncio.timeout(VERIFY_TIMEOUT_S) as timeout:
 
