@@ -14,7 +14,7 @@ Address = tuple[str, int]
 """Host and port of a node."""
 
 _NOT_HERE: Final = re.compile("MOVED |ASK |TRYAGAIN|CLUSTERDOWN|.*[Ss]cript attempted to access a non local key")
-_NO_CLUSTER: Final = re.compile("ERR This instance has cluster support disabled")
+_NO_CLUSTER: Final = re.compile("(ERR )?This instance has cluster support disabled")
 
 
 def seeds(hosts: str, port: int) -> list[Address]:
