@@ -312,7 +312,7 @@ class Scores:
 
     def _go(self, epoch: str) -> None:
         self.epoch, self.reason = epoch, ""
-        _log.info("Redis is verified, epoch %s", epoch)
+        _log.info("Redis is verified, epoch %s%s", epoch, f", hash tag {self._keys.tag}" if self._keys.tag else "")
         for lane in self._lanes.values():
             if lane.in_flight is not None:
                 lane.in_flight.sent_again = True

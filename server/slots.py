@@ -13,7 +13,9 @@ from server.errors import NotReady
 Address = tuple[str, int]
 """Host and port of a node."""
 
-_NOT_HERE: Final = re.compile("MOVED |ASK |TRYAGAIN|CLUSTERDOWN|.*[Ss]cript attempted to access a non local key")
+_NOT_HERE: Final = re.compile(
+    "MOVED |ASK |TRYAGAIN|CLUSTERDOWN|ERR .*attempted to access a non local key", re.IGNORECASE
+)
 _NO_CLUSTER: Final = re.compile("(ERR )?This instance has cluster support disabled")
 
 

@@ -114,7 +114,7 @@ class Relay:
         self._keys = keys or Keys(settings.redis_key_prefix)
         self._stop = stop
         self._token = secrets.token_hex(16)  # one for good: after an outage our own lease keeps nobody waiting
-        self._redis_outage = Outage("Redis", _log)
+        self._redis_outage = Outage(f"Redis with hash tag {self._keys.tag}" if self._keys.tag else "Redis", _log)
         self.kafka_outage = Outage("Kafka", _log)
 
     def run(self) -> None:
