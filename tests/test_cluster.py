@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from server.fences import Fences
 from server.keys import tag_of
 from sync import store
 from sync.topics import ensure_topics
-from tests.client import assert_problem, can_write, get, post, wait_until_writable
+from tests.client import assert_problem, can_write, get, post, post_body, token, wait_until_writable
 from tests.redis_cluster import RedisCluster
 from tests.services import JWT_SECRET, ROOT, KafkaBroker, ServerProcess, SyncProcess, environment, wait_until
 from tests.sync_parts import records_of
@@ -99,9 +100,8 @@ class Deployment:
 def deployment(
     tmp_path: Path, cluster: RedisCluster, kafka_broker: KafkaBroker, kafka_topic: str, database_url: str
 ) -> Iterator[Deployment]:
-    for node in cluster.nodes:
-        if node not in cluster.followers:
-            node.client.flushall()
+    for node in cluster.masters:
+        node.client.flushall()
     made = Deployment(
         tmp_path,
         cluster,
@@ -215,7 +215,7 @@ def next_list(watcher: ClientConnection, but: Any = None) -> Any:
 
 def test_boards_are_spread_over_the_masters(deployment: Deployment) -> None:
     cluster, server = deployment.cluster, deployment.server
-    assert {cluster.master_of(board) for board in BOARDS} == set(cluster.nodes[:3])
+    assert {cluster.master_of(board) for board in BOARDS} == set(cluster.masters)
     url = f"ws://127.0.0.1:{server.port}/live-updates?board="
     with connect(url + "weekly") as weekly, connect(url + "daily") as daily:
         assert [next_list(each) for each in (weekly, daily)] == [[], []]
@@ -239,13 +239,14 @@ def test_update_to_a_slot_on_the_move_is_applied_as_a_whole_or_not_at_all(deploy
     cluster, server = deployment.cluster, deployment.server
     assert post(server, "ann", 1, board="weekly").status == 200
     source, keys = cluster.master_of("weekly"), cluster.keys("weekly")
-    target = next(node for node in cluster.nodes[:3] if node is not source)
+    target = next(node for node in cluster.masters if node is not source)
     (limits,) = source.client.keys(f"{keys.ratelimit}*")
     # So every key that an update reads is there, and only the one that it takes away is not.
     source.client.hset(f"{keys.ratelimit}{int(limits.decode().rpartition(':')[2]) - 1}", "somebody", 1)
     cluster.begin_move("weekly", target)
     try:
-        answers = [post(server, player, 1, board="weekly") for player in ("ann", "bob")]
+        with ThreadPoolExecutor() as clients:
+            answers = list(clients.map(lambda player: post(server, player, 1, board="weekly"), ("ann", "bob")))
         assert post(server, "ann", 1, board="daily").status == 200, "another master's boards go on"
     finally:
         for node in (source, target):
@@ -260,7 +261,7 @@ def test_update_to_a_slot_on_the_move_is_applied_as_a_whole_or_not_at_all(deploy
 def test_slot_moved_under_load_loses_nothing_and_counts_nothing_twice(deployment: Deployment) -> None:
     cluster = deployment.cluster
     source = cluster.master_of("main")
-    target = next(node for node in cluster.nodes[:3] if node is not source)
+    target = next(node for node in cluster.masters if node is not source)
     with Load(deployment) as load:
         cluster.begin_move("main", target)
         load.players[0].join(0.3)  # with all keys where they were
@@ -290,6 +291,35 @@ def test_failover_under_load_loses_nothing_that_the_replica_or_kafka_had(deploym
             assert lost in (0, player.last[board]), f"{player.name} on {board}: {lost} lost of {player.acknowledged}"
     victim.start()
     cluster.wait_until_whole()
+
+
+def test_what_a_replica_missed_comes_back_from_kafka_for_its_boards_alone(deployment: Deployment) -> None:
+    cluster, server = deployment.cluster, deployment.server
+    for board in BOARDS:
+        assert post(server, "ann", 1, board=board).status == 200
+    victim = cluster.master_of("daily")
+    heir = next(it for it in cluster.followers if it.client.info("replication")["master_port"] == victim.port)
+    wait_until(lambda: heir.client.info("replication")["slave_repl_offset"] > 0 and heir.client.keys("*leaderboard"))
+    heir.pause()
+    try:
+        victim.ask("CLIENT", "KILL", "TYPE", "replica")
+        body = json.dumps({"playerId": "ann", "scoreDelta": 10, "board": "daily"}).encode()
+        keyed = {"Authorization": f"Bearer {token('ann')}", "Idempotency_Key": "once"}
+        assert post_body(server, body, **keyed).json()["newScore"] == 11
+        wait_until(lambda: not victim.client.xlen(cluster.keys("daily").outbox), 20, "it was not relayed")
+        victim.kill()
+    finally:
+        heir.resume()
+    wait_until(lambda: heir.client.info("replication")["role"] == "master", 20, "nobody took over")
+    wait_until_writable(server)
+    assert "replayed what Redis had lost: 1 players" in deployment.server.output_tail()
+    assert cluster.scores("daily") == {"ann": 11}
+    again = post_body(server, body, **keyed)
+    assert (again.json()["newScore"], again.headers.get("idempotent-replayed")) == (11, "true")
+    assert post(server, "ann", 1, board="daily").json()["newScore"] == 12
+    victim.start()
+    cluster.wait_until_whole()
+    assert deployment.agree() == {board: {"ann": 12 if board == "daily" else 1} for board in BOARDS}
 
 
 def test_boards_of_other_masters_go_on_while_one_is_away(deployment: Deployment) -> None:
