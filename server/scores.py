@@ -34,7 +34,12 @@ VERIFY_TIMEOUT_S: Final = 3.0
 DISTRUST_INTERVAL_S: Final = 5.0
 """Least time between two rebuilds because of damage: one that does not mend it must not be repeated in a loop."""
 
+QUIET_MS: Final = 5000
+"""How old the last id of a hash tag's outbox may be. In a cluster, a replay reads the events of all boards since then,
+and others may be busy while this one's have been quiet for days."""
+
 _SCRIPT: Final = Path(__file__).with_name("apply_updates.lua").read_bytes()
+_ADVANCE: Final = Path(__file__).with_name("advance_outbox.lua").read_bytes()
 
 _log = logging.getLogger(__name__)
 
@@ -333,6 +338,9 @@ class Scores:
             epoch = await connection.execute("HGET", self._keys.ready, "epoch")
             self.outbox_bytes = await connection.execute("MEMORY", "USAGE", self._keys.outbox) or 0
             oldest = await connection.execute("XRANGE", self._keys.outbox, "-", "+", "COUNT", 1)
+            if self._keys.tag and epoch is not None:
+                keys = self._keys.outbox, self._keys.ready
+                await connection.execute("EVAL", _ADVANCE, 2, *keys, self.epoch or "", QUIET_MS)
         self.outbox_oldest_ms = int(oldest[0][0].split(b"-")[0]) if oldest else None
         if self.epoch is not None and epoch != self.epoch.encode():
             self._suspect("Redis has no scoreboard of this epoch")

@@ -129,6 +129,11 @@ class RedisCluster:
         assert found == {player: int(client.get(keys.score(player)) or 0) for player in found}
         return found
 
+    def last_ms(self, board: str) -> int:
+        """The Unix time in the last id of the board's outbox."""
+        state: Any = self.master_of(board).client.xinfo_stream(self.keys(board).outbox)
+        return int(state["last-generated-id"].split(b"-")[0])
+
     def begin_move(self, board: str, target: Node) -> Node:
         """Let the board's slot be one that moves to `target`, with all keys still where they were; returns there."""
         slot, source = self.keys(board).slot, self.master_of(board)
