@@ -96,7 +96,8 @@ class Scores:
         self._deadline_s = settings.request_deadline_ms / 1000
         self._script = Script(settings, keys)
         self._locate = locate
-        self._address: Address = settings.redis_host, settings.redis_port
+        self._place = settings.redis_host
+        """For messages."""
         self._connection: RedisConnection | None = None
         self._lost = asyncio.Event()
         self._away_since_s = time.monotonic()
@@ -294,16 +295,18 @@ class Scores:
                 except Exception as error:
                     if not isinstance(error, _EXPECTED):
                         _log.exception("looking after Redis failed: beginning again")
-                    self._suspect(f"Redis at {self._address[0]}:{self._address[1]}: {_sentence(error)}")
+                    self._suspect(f"Redis at {self._place}: {_sentence(error)}")
                 await asyncio.sleep(RETRY_S)
         finally:
             sweeper.cancel()
 
     async def _connect(self) -> None:
         self._lost.clear()
-        if self._locate is not None:
-            self._address = await self._locate()
-        connection = self._connection = await open_connection(self._settings, self._on_lost, self._address)
+        settings = self._settings
+        self._place = settings.redis_host  # while it is not known which of the nodes
+        host, port = await self._locate() if self._locate else (settings.redis_host, settings.redis_port)
+        self._place = f"{host}:{port}"
+        connection = self._connection = await open_connection(settings, self._on_lost, (host, port))
         self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
         async with asyncio.timeout(VERIFY_TIMEOUT_S) as timeout:
 
