@@ -21,10 +21,18 @@ import logging
 import resource
 import sys
 from collections.abc import Callable
-from typing import Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from server import config
 from server.errors import ConfigError, ScoreboardError, UwsError
+
+if TYPE_CHECKING:
+    from server.database import Database
+    from server.keys import BoardsKeys
+    from server.routes import Routes
+    from server.scores import Scores
+    from server.shards import Shards
 
 DRAIN_GRACE_S: Final = 10.0
 WEBSOCKET_PATH: Final = "/live-updates"
@@ -52,13 +60,9 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     from server import uws
     from server.auth import Authenticator
     from server.database import Database
-    from server.keys import Keys
     from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
-    from server.rebuild import Verifier
     from server.routes import Routes
-    from server.scores import Scores
 
-    keys = Keys(settings.redis_key_prefix)
     # A reader gives Redis half of its time, and the database the other.
     database = Database(settings.database_url, settings.request_deadline_ms / 2000 - 0.05)
     try:
@@ -67,14 +71,7 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     except ConfigError as error:
         _say(error)
         return 2
-    scores = Scores(
-        settings,
-        keys,
-        Verifier(settings, keys, database).verify,
-        on_outcome=routes.on_outcome,
-        on_problem=routes.on_problem,
-        on_page=routes.on_page,
-    )
+    keys, scores = _scores(settings, database, routes)
     live = Live(settings, keys, scores, authenticator)
     server = uws.Server(request_timeout_s=settings.request_deadline_ms / 1000 + 3)
     routes.register(server, scores, live)
@@ -101,6 +98,33 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     connecting.cancel()
     await database.close()
     return 0
+
+
+def _scores(settings: config.Settings, database: Database, routes: Routes) -> tuple[BoardsKeys, Scores | Shards]:
+    """The way to Redis, or to each master of a Redis Cluster that has one of the boards."""
+    from server.keys import Keys, TaggedKeys
+    from server.rebuild import Verifier
+    from server.scores import Locate, Scores
+    from server.shards import Shards
+    from server.topology import Topology
+
+    def one(keys: Keys, locate: Locate | None = None) -> Scores:
+        return Scores(
+            settings,
+            keys,
+            Verifier(settings, keys, database).verify,
+            on_outcome=routes.on_outcome,
+            on_problem=routes.on_problem,
+            on_page=routes.on_page,
+            locate=locate,
+        )
+
+    if not settings.redis_cluster:
+        keys = Keys(settings.redis_key_prefix)
+        return keys, one(keys)
+    tagged, topology = TaggedKeys(settings.redis_key_prefix, settings.boards), Topology(settings)
+    by_tag = {tag: one(keys, partial(topology.master_of, keys.slot)) for tag, keys in tagged.by_tag.items()}
+    return tagged, Shards(by_tag, settings.boards)
 
 
 def token(argv: list[str]) -> int:

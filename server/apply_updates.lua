@@ -10,7 +10,8 @@
 -- Reply   MessagePack, flat: state, then two a piece: outcome, value (as named below).
 --
 -- It reads and decides first and writes last. Redis does not roll back, so no write may fail behind another:
--- XADD comes first (wrong type, out of memory, read-only replica all show there), and what follows cannot fail.
+-- XADD comes first (wrong type, out of memory, read-only replica all show there), and what follows cannot fail: all
+-- its keys have been read, and while a slot moves to another node of a cluster, reading a key that is not here fails.
 -- A call costs more than what it does, so their number does not depend on the size of the batch.
 
 local STATE_APPLIED, STATE_COLD, STATE_STALE = 0, 1, 2
@@ -41,7 +42,7 @@ local members = call('ZMSCORE', leaderboard, unpack(players))
 local scores = {}                                            -- by player: what this batch has made of it so far
 local arrivals = {}                                          -- by subject: theoretical arrival time, µs (GCRA)
 local limit_key, span_us, rules, subjects, which = unpack(limits)
-local now_us, span
+local now_us, span, expired_limits
 if limit_key then
     -- One hash per span of time. No arrival lies further ahead than a span, so the last two know all of them.
     local clock = call('TIME')
@@ -49,13 +50,14 @@ if limit_key then
     span = math.floor(now_us / span_us)
     local current = call('HMGET', limit_key .. span, unpack(subjects))
     local previous = call('HMGET', limit_key .. span - 1, unpack(subjects))
+    expired_limits = call('EXISTS', limit_key .. span - 2) == 1
     for i = 1, #subjects do
         arrivals[subjects[i]] = tonumber(current[i] or previous[i]) or 0
     end
 end
 local answer_key, count_key, ttl_s, cap, names, fingerprints, counted = unpack(keyed)
 local kept, counts = {}, {}                                  -- by name: answer kept; by subject: how many
-local count_span
+local count_span, expired_counts
 if answer_key then
     local answer_keys, owners, n = {}, {}, 0
     for i = 1, #names do
@@ -72,6 +74,7 @@ if answer_key then
     count_span = math.floor(now_s / ttl_s)
     local current = call('HMGET', count_key .. count_span, unpack(counted))
     local previous = call('HMGET', count_key .. count_span - 1, unpack(counted))
+    expired_counts = call('EXISTS', count_key .. count_span - 2) == 1
     local left = 1 - (now_s % ttl_s) / ttl_s
     for i = 1, #counted do
         counts[counted[i]] = {tonumber(current[i]) or 0, (tonumber(previous[i]) or 0) * left}
@@ -168,7 +171,7 @@ if next(charged) then
     end
     call('HSET', limit_key .. span, unpack(fields))
     call('PEXPIRE', limit_key .. span, math.ceil(3 * span_us / 1000))
-    call('UNLINK', limit_key .. span - 2)                    -- expiring it would free it in the foreground
+    if expired_limits then call('UNLINK', limit_key .. span - 2) end  -- expiring would free it in the foreground
 end
 if #fresh > 0 then
     for _, name in ipairs(fresh) do call('SET', answer_key .. name, kept[name], 'EX', ttl_s) end
@@ -179,7 +182,7 @@ if #fresh > 0 then
     if #fields > 0 then
         call('HSET', count_key .. count_span, unpack(fields))
         call('EXPIRE', count_key .. count_span, 2 * ttl_s)
-        call('UNLINK', count_key .. count_span - 2)
+        if expired_counts then call('UNLINK', count_key .. count_span - 2) end
     end
 end
 local packed = cmsgpack.pack(reply)

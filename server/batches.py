@@ -58,12 +58,13 @@ def fingerprint(board: str, player: str, delta: int) -> str:
 class Batch:
     """One numbered call of the script, kept until it is answered so that it may be sent again."""
 
-    __slots__ = ("command", "epoch", "sent_again", "waiters")
+    __slots__ = ("command", "epoch", "sent_again", "updates", "waiters")
 
-    def __init__(self, command: bytes, epoch: str, waiters: list[Any]) -> None:
+    def __init__(self, command: bytes, epoch: str, updates: Updates) -> None:
         self.command = command
         self.epoch = epoch
-        self.waiters = waiters
+        self.updates = updates
+        self.waiters = updates.waiters
         self.sent_again = False
 
 
@@ -89,6 +90,11 @@ class Updates:
             setattr(first, column, values[:count])
             del values[:count]
         return first
+
+    def put_first(self, first: Updates) -> None:
+        """Let others come before these."""
+        for column in self.__slots__:
+            getattr(self, column)[:0] = getattr(first, column)
 
 
 class Lane:

@@ -25,8 +25,11 @@ from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[a
 from server import config
 from server.auth import Authenticator
 from server.config import OTHER_FILES, Settings
-from server.errors import ConfigError
+from server.errors import ConfigError, NotReady
+from server.keys import TaggedKeys
 from server.redis_connection import open_connection
+from server.slots import Address, check_mode
+from server.topology import Topology
 from sync.kafka import new_admin
 
 ANSWER_WITHIN_S: Final = 3.0
@@ -150,11 +153,26 @@ def check_files(settings: Settings) -> Iterator[Finding]:
 
 
 def _look_at_redis(settings: Settings) -> Iterator[Finding]:
-    yield from judge_redis(asyncio.run(_redis_info(settings)), f"{settings.redis_host}:{settings.redis_port}")
+    addresses = [(settings.redis_host, settings.redis_port)]
+    if settings.redis_cluster:
+        try:
+            addresses = asyncio.run(_masters(settings))
+        except NotReady as error:
+            yield Finding(State.FAIL, "Redis", str(error), "look at REDIS_CLUSTER, REDIS_HOST, _PORT and _PASSWORD")
+            return
+    for host, port in addresses:
+        info = asyncio.run(_redis_info(settings, (host, port)))
+        yield from judge_redis(info, f"{host}:{port}", in_cluster=bool(settings.redis_cluster))
 
 
-async def _redis_info(settings: Settings) -> dict[str, str]:
-    connection = await open_connection(settings, lambda _: None)
+async def _masters(settings: Settings) -> list[Address]:
+    topology = Topology(settings)
+    by_tag = TaggedKeys(settings.redis_key_prefix, settings.boards).by_tag
+    return sorted({await topology.master_of(keys.slot) for keys in by_tag.values()})
+
+
+async def _redis_info(settings: Settings, address: Address) -> dict[str, str]:
+    connection = await open_connection(settings, lambda _: None, address)
     try:
         async with asyncio.timeout(ANSWER_WITHIN_S):
             info: bytes = await connection.execute("INFO")
@@ -164,8 +182,12 @@ async def _redis_info(settings: Settings) -> dict[str, str]:
     return {name: value for name, colon, value in lines if colon}
 
 
-def judge_redis(info: dict[str, str], address: str) -> Iterator[Finding]:
+def judge_redis(info: dict[str, str], address: str, *, in_cluster: bool = False) -> Iterator[Finding]:
     """What Redis's INFO means for us."""
+    try:
+        check_mode(wanted=in_cluster, found=info.get("cluster_enabled") == "1")
+    except NotReady as error:
+        yield Finding(State.FAIL, "Redis", f"{address}: {error}", "set REDIS_CLUSTER to 1 for a Redis Cluster only")
     version = info["redis_version"]
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_REDIS:
         yield Finding(State.FAIL, "Redis", f"{address}: version {version}", "expected 7.0 or newer, or Valkey")

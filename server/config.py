@@ -217,6 +217,9 @@ class Settings:
     redis_tls_ca_file: str = _setting("REDIS_TLS_CA_FILE", _text, "", "PEM; unset: the authorities of the system")
     redis_tls_cert_file: str = _setting("REDIS_TLS_CERT_FILE", _text, "", "PEM, where Redis asks for a certificate")
     redis_tls_key_file: str = _setting("REDIS_TLS_KEY_FILE", _text, "", "PEM, its key, without a passphrase")
+    redis_cluster: int = _setting(
+        "REDIS_CLUSTER", _integer(0, 1), 0, "1: a Redis Cluster; REDIS_HOST then names some of its nodes, host:port,…"
+    )
     redis_key_prefix: str = _setting("REDIS_KEY_PREFIX", _text, "", "put before every key, to share a Redis")
     outbox_max_bytes: int = _setting(
         "OUTBOX_MAX_BYTES", _integer(1_000_000, 2**40), 2**30, "outbox size above which updates get 503"
@@ -324,6 +327,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         except ValueError as error:
             shown = f"{len(raw)} characters" if secret else repr(raw)
             faults.append(f"{variable}: expected {error}, got {shown}")
+    prefix = values.get("redis_key_prefix", "")
+    if values.get("redis_cluster") and set(prefix) & set("{}"):
+        faults.append(f"REDIS_KEY_PREFIX: expected no braces with REDIS_CLUSTER=1, got {prefix!r}")
     path = values.get("jwt_secret_file")
     if path:
         try:

@@ -45,8 +45,20 @@ _TOP = """
     ORDER BY score DESC, player_id COLLATE "C" DESC LIMIT %s
 """
 _SCORES = "SELECT board, player_id, score, ver_ms, ver_seq FROM scores"
+_SCORES_OF = f"{_SCORES} WHERE board = ANY (%s)"
+# From one board to the next by the primary key: they are few, and the table is long.
+_BOARDS = """
+    WITH RECURSIVE found AS (
+        (SELECT board FROM scores ORDER BY board LIMIT 1)
+        UNION ALL
+        SELECT (SELECT board FROM scores WHERE board > found.board ORDER BY board LIMIT 1) FROM found
+        WHERE found.board IS NOT NULL
+    ) SELECT board FROM found WHERE board IS NOT NULL
+"""
 _OFFSETS = """
-    SELECT partition, topic_id, next_offset, epoch FROM consumer_offsets WHERE consumer_group = %s AND topic = %s
+    SELECT partition, topic_id, next_offset,
+           CASE WHEN epoch > 0 THEN jsonb_build_object('', epoch) ELSE '{}' END || tag_epochs
+    FROM consumer_offsets WHERE consumer_group = %s AND topic = %s
 """
 
 
@@ -123,6 +135,8 @@ class Database:
                 yield Snapshot(connection)
         except errors.UndefinedTable as error:
             raise NotReady("the database has no tables yet: `scoreboard migrate` and `sync` make them") from error
+        except errors.UndefinedColumn as error:
+            raise NotReady("the database has older tables: `scoreboard migrate` and `sync` bring them up") from error
         except psycopg.Error as error:
             raise NotReady(f"the database fails: {error}") from error
 
@@ -133,19 +147,25 @@ class Snapshot:
     def __init__(self, connection: psycopg.AsyncConnection[TupleRow]) -> None:
         self._connection = connection
 
-    async def offsets(self, topic: str) -> dict[int, tuple[str, int, int]]:
-        """By partition, the topic's id, the offset that the persister goes on at, and the epoch of the last fence."""
+    async def offsets(self, topic: str) -> dict[int, tuple[str, int, dict[str, int]]]:
+        """By partition, the topic's id, the offset that the persister goes on at, and the epochs of the last fences."""
         async with _within(STEP_TIMEOUT_S):
             cursor = await self._connection.execute(_OFFSETS, (PERSISTER_GROUP, topic))
             return {
-                partition: (topic_id, offset, epoch) for partition, topic_id, offset, epoch in await cursor.fetchall()
+                partition: (topic_id, offset, epochs) for partition, topic_id, offset, epochs in await cursor.fetchall()
             }
 
-    async def scores(self) -> AsyncGenerator[list[ScoreRow], None]:
-        """Every score, CHUNK_ROWS at a time."""
+    async def boards(self) -> list[str]:
+        """Every board that has a score."""
+        async with _within(STEP_TIMEOUT_S):
+            cursor = await self._connection.execute(_BOARDS)
+            return [board for (board,) in await cursor.fetchall()]
+
+    async def scores(self, boards: list[str] | None = None) -> AsyncGenerator[list[ScoreRow], None]:
+        """Every score, or those of some boards, CHUNK_ROWS at a time."""
         async with self._connection.cursor(name="scores") as cursor:
             async with _within(STEP_TIMEOUT_S):
-                await cursor.execute(_SCORES)
+                await (cursor.execute(_SCORES) if boards is None else cursor.execute(_SCORES_OF, (boards,)))
             while True:
                 async with _within(STEP_TIMEOUT_S):
                     rows = cast(list[ScoreRow], await cursor.fetchmany(CHUNK_ROWS))

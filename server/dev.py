@@ -33,8 +33,8 @@ from server.demo import PLAYERS, DemoPlayers
 from server.dev_screen import signing_algorithm, token
 from server.embedded import ADDRESS, MockKafka, PostgresServer, RedisServer, Service, ServiceError, free_port
 from server.errors import ScoreboardError
-from server.keys import Keys
 from server.supervisor import Child, Supervisor, alive, ended
+from sync.topology import connect_to, keys_in_use
 
 READY_WITHIN_S: Final = 60.0
 DRAIN_WITHIN_S: Final = 12.0
@@ -264,8 +264,10 @@ class Development:
     def _owed(self) -> str:
         settings = self.settings
         try:
-            with redis.Redis(settings.redis_host, settings.redis_port, password=settings.redis_password) as client:
-                entries = client.xlen(Keys(settings.redis_key_prefix).outbox)
+            entries = 0
+            for keys in keys_in_use(settings):
+                with connect_to(settings, keys) as client:
+                    entries += client.xlen(keys.outbox)
             if entries:
                 return f"{entries} entries of the outbox"
             behind = _unpersisted(settings)

@@ -6,12 +6,16 @@ the epoch, then writes a fence of that epoch into every partition. What stands b
 Redis and counts; behind it, an event of an older epoch counts for nobody. A relay that is overtaken by an epoch sends
 what the outbox still holds once more, so nothing that Redis has is left out.
 
+In a Redis Cluster each hash tag (server/keys.py) has an outbox and an epoch of its own. Its events and its fences say
+which tag it is, and concern no other's.
+
 Pure: knows no Kafka client.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from server.events import BadEvent
@@ -22,6 +26,12 @@ EPOCH_HEADER: Final = "epoch"
 FENCE_HEADER: Final = "fence"
 """Of a record that is a fence and no event: its epoch, in digits."""
 
+TAG_HEADER: Final = "tag"
+"""Of both, in a Redis Cluster: the hash tag that the epoch is of. Without it, it is that of a Redis without tags."""
+
+Epochs = Mapping[str, int]
+"""By hash tag, "" where there are none, the epoch of the last fence; none for 0."""
+
 Headers = Iterable[tuple[str, object]] | None
 
 
@@ -30,31 +40,43 @@ class Fences:
 
     __slots__ = ("epochs", "void")
 
-    def __init__(self, epochs: Mapping[int, int] | None = None) -> None:
-        """`epochs` are those of the last fences before the places where reading begins."""
-        self.epochs = dict(epochs or {})
-        """By partition, the epoch of the last fence; none for 0."""
+    def __init__(self, epochs: Mapping[int, Epochs] = MappingProxyType({})) -> None:
+        """`epochs` are those of the last fences before the places where reading begins, by partition."""
+        self.epochs: dict[int, dict[str, int]] = {}
+        """By partition and hash tag, the epoch of the last fence; none for 0."""
         self.void = 0
         """Events that did not count."""
+        self.begin(epochs)
 
-    def begin(self, epochs: Mapping[int, int]) -> None:
+    def begin(self, epochs: Mapping[int, Epochs]) -> None:
         """Read these partitions from another place on, behind fences of these epochs."""
-        self.epochs |= epochs
+        self.epochs |= {partition: dict(by_tag) for partition, by_tag in epochs.items()}
+
+    def highest(self, tag: str) -> int:
+        """The latest epoch of any fence of a tag; 0 if none was met."""
+        return max((by_tag.get(tag, 0) for by_tag in self.epochs.values()), default=0)
 
     def admits(self, partition: int, headers: Headers) -> bool:
         """Whether the next record of a partition is an event that counts.
 
         Raises BadEvent for an epoch that is no number.
         """
+        tag, epoch, fence = "", None, None
         for name, value in headers or ():
             if name == EPOCH_HEADER:
-                if _digits(name, value) < self.epochs.get(partition, 0):
-                    self.void += 1
-                    return False
+                epoch = _digits(name, value)
             elif name == FENCE_HEADER:
-                # A server that was slow may write its fence behind that of a later epoch.
-                self.epochs[partition] = max(_digits(name, value), self.epochs.get(partition, 0))
-                return False
+                fence = _digits(name, value)
+            elif name == TAG_HEADER:
+                tag = _text(name, value)
+        if fence is not None:
+            by_tag = self.epochs.setdefault(partition, {})
+            # A server that was slow may write its fence behind that of a later epoch.
+            by_tag[tag] = max(fence, by_tag.get(tag, 0))
+            return False
+        if epoch is not None and partition in self.epochs and epoch < self.epochs[partition].get(tag, 0):
+            self.void += 1
+            return False
         return True
 
 
@@ -62,3 +84,9 @@ def _digits(name: str, value: object) -> int:
     if not isinstance(value, bytes) or not value.isdigit():
         raise BadEvent(f"header {name}: expected digits, got {value!r}")
     return int(value)
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, bytes) or not value.isalnum():
+        raise BadEvent(f"header {name}: expected letters and digits, got {value!r}")
+    return value.decode()

@@ -243,15 +243,20 @@ class Hub:
 
     def abandon_flush(self) -> None:
         """The read failed: all of it is still to be done."""
-        for board in self._boards.values():
-            board.dirty |= board.reading
-            board.reading = set()
-            board.oldest_ms = _older(board.oldest_ms, board.reading_oldest_ms)
-            for watcher, asked in board.serving.items():
-                watcher.asked |= asked
-                board.waiting.add(watcher)
-            board.serving.clear()
-            board.changed = True
+        for name in self._boards:
+            self.abandon(name)
+
+    def abandon(self, name: str) -> None:
+        """The read of one board failed."""
+        board = self._boards[name]
+        board.dirty |= board.reading
+        board.reading = set()
+        board.oldest_ms = _older(board.oldest_ms, board.reading_oldest_ms)
+        for watcher, asked in board.serving.items():
+            watcher.asked |= asked
+            board.waiting.add(watcher)
+        board.serving.clear()
+        board.changed = True
 
     def publish(
         self, name: str, top: list[Entry], scores: dict[str, int], unix_ms: int | None = None

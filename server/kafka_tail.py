@@ -18,7 +18,7 @@ from confluent_kafka.admin import AdminClient
 from server.config import Settings
 from server.errors import NotReady
 from server.events import FORMAT_VERSION, MEMORY_HEADER, BadEvent, ScoreEvent, check_format, decode_event
-from server.fences import FENCE_HEADER, Fences
+from server.fences import FENCE_HEADER, TAG_HEADER, Fences
 from server.kafka_clients import client_settings, refusal
 from server.replay import Log
 
@@ -107,8 +107,11 @@ class KafkaTail:
         ends = {number: high for number, (_, high) in self._log.bounds.items()}
         return ends | {it.partition: it.offset for it in found if it.offset >= 0}
 
-    def fence(self, epoch: int) -> dict[int, int]:
-        """Let nothing count that is of an older epoch and not in the log yet; by partition, where that ends now."""
+    def fence(self, epoch: int, tag: str = "") -> dict[int, int]:
+        """Let nothing of a hash tag count that is of an older epoch and not in the log yet.
+
+        Returns by partition where the log ends now.
+        """
         errors: list[KafkaError] = []
         producer = Producer({**self._clients, "acks": "all", "linger.ms": 0})
         for number in self._log.bounds:
@@ -116,7 +119,7 @@ class KafkaTail:
                 self._topic,
                 partition=number,
                 on_delivery=lambda error, _: errors.append(error) if error else None,
-                headers=[("v", FORMAT_VERSION), (FENCE_HEADER, str(epoch))],
+                headers=[("v", FORMAT_VERSION), (FENCE_HEADER, str(epoch)), *([(TAG_HEADER, tag)] if tag else [])],
             )
         left = producer.flush(ANSWER_WITHIN_S)
         if left or errors:

@@ -1,14 +1,26 @@
 """Every Redis key, and nothing else: no other module spells one.
 
 Ids come from outside, so `:` and `%` in them are percent-encoded: no two pairs of ids share a key.
-Keys of the board `main` are bare; another board's stand behind `board:{name}:`.
+Keys of the board `main` are bare; another board's stand behind `board:{name}:`. In a Redis Cluster each board belongs
+to one of TAGS hash tags, and a tag has everything that is not a board's own once more: so all keys of one script call
+share a slot.
 """
 
 from __future__ import annotations
 
 import re
+from binascii import crc_hqx
+from typing import Final, Protocol
 
 MAIN_BOARD = "main"
+
+TAGS: Final = 16
+SLOTS: Final = 16384
+
+
+def tag_of(board: str) -> str:
+    """The hash tag that a board has in a Redis Cluster: a hexadecimal digit, the same for good."""
+    return f"{crc_hqx(board.encode(), 0) % TAGS:x}"
 
 
 def default_board(boards: tuple[str, ...]) -> str:
@@ -44,15 +56,26 @@ class BoardKeys:
         return f"{self._player_prefix}{encode_id(player)}:score"
 
 
+class BoardsKeys(Protocol):
+    """Knows the keys of every board, wherever it is."""
+
+    def board(self, name: str) -> BoardKeys:
+        """The keys of the board `name`."""
+
+
 class Keys:
-    """The keys that all boards of one deployment share, and the way to each board's own."""
+    """The keys that all boards of one deployment share, or those of one hash tag, and the way to each board's own."""
 
     __slots__ = (
         "_boards", "answer", "answer_count", "of_boards", "outbox", "prefix", "ratelimit", "ready",
-        "rebuild_lock", "relay_lease",
+        "rebuild_lock", "relay_lease", "tag",
     )  # fmt: skip
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", tag: str = "") -> None:
+        """`tag` is one of `tag_of`, or "" outside of a cluster, where all boards are together."""
+        self.tag = tag
+        if tag:
+            prefix = f"{prefix}{{{tag}}}:"
         self.prefix = prefix
         self._boards: dict[str, BoardKeys] = {}
         # A number is appended by the script: one hash per span of time, subject to theoretical arrival time in µs.
@@ -80,3 +103,26 @@ class Keys:
     def session(self, session_id: str) -> str:
         """Number and reply of the last batch of one server's session."""
         return f"{self.prefix}session:{session_id}"
+
+    def holds(self, board: str) -> bool:
+        """Whether a board belongs here."""
+        return not self.tag or tag_of(board) == self.tag
+
+    @property
+    def slot(self) -> int:
+        """The slot of all these keys, in a cluster (Redis Cluster specification, "Hash tags")."""
+        return crc_hqx(self.tag.encode(), 0) % SLOTS
+
+
+class TaggedKeys:
+    """The keys of a deployment in a Redis Cluster, by hash tag."""
+
+    __slots__ = ("by_tag",)
+
+    def __init__(self, prefix: str, boards: tuple[str, ...]) -> None:
+        """`prefix` holds no braces; tags that no board of `boards` has are not in use."""
+        self.by_tag = {tag: Keys(prefix, tag) for tag in sorted({tag_of(board) for board in boards})}
+
+    def board(self, name: str) -> BoardKeys:
+        """The keys of the board `name`."""
+        return self.by_tag[tag_of(name)].board(name)

@@ -20,10 +20,11 @@ from server.config import Settings
 from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
 from server.hub import Hub, Publish, Read, Send, Shard, Watcher
-from server.keys import Keys
+from server.keys import BoardsKeys
 from server.messages import error_message, status_message
 from server.pages import entries_of
-from server.scores import Scores
+from server.scores import BoardCommand, Scores
+from server.shards import Shards
 from server.subscription import Unsubscribe, check_players, decode_message, parse_query
 from server.uws import Request, SendStatus, Socket
 
@@ -56,7 +57,9 @@ _log = logging.getLogger(__name__)
 class Live:
     """The WebSocket route, and the flushes that feed it."""
 
-    def __init__(self, settings: Settings, keys: Keys, scores: Scores, authenticator: Authenticator) -> None:
+    def __init__(
+        self, settings: Settings, keys: BoardsKeys, scores: Scores | Shards, authenticator: Authenticator
+    ) -> None:
         self.is_live = False  # until Kafka was reached
         self.flushes = 0
         self.resyncs = 0
@@ -232,11 +235,11 @@ class Live:
         commands = [command for read in reads for command in self._commands(read)]
         self._scores.read(commands, lambda replies: self._on_read(started_ms, reads, replies))
 
-    def _commands(self, read: Read) -> list[tuple[str | int, ...]]:
-        board = self._keys.board(read.board)
-        commands: list[tuple[str | int, ...]] = [("ZREVRANGE", board.leaderboard, 0, read.limit - 1, "WITHSCORES")]
+    def _commands(self, read: Read) -> list[BoardCommand]:
+        name, board = read.board, self._keys.board(read.board)
+        commands: list[BoardCommand] = [(name, ("ZREVRANGE", board.leaderboard, 0, read.limit - 1, "WITHSCORES"))]
         if read.players:
-            commands.append(("MGET", *(board.score(player) for player in read.players)))
+            commands.append((name, ("MGET", *(board.score(player) for player in read.players))))
         return commands
 
     def _on_read(self, started_ms: float, reads: list[Read], replies: list[Any] | None) -> None:
@@ -266,8 +269,12 @@ class Live:
         """Send what the hub says, giving the loop away between shards; returns the ms that sending takes of it."""
         busy_s = 0.0
         for read in reads:
-            top = entries_of(next(replies))
-            scores = dict(_present(read.players, next(replies))) if read.players else {}
+            listed = next(replies)
+            found = next(replies) if read.players else []
+            if listed is None:  # its Redis is away, others' are not
+                self._hub.abandon(read.board)
+                continue
+            top, scores = entries_of(listed), dict(_present(read.players, found))
             turn_s = time.perf_counter()
             for number, step in enumerate(self._hub.publish(read.board, top, scores, int(time.time() * 1000))):
                 self._carry_out(step)

@@ -14,14 +14,14 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 import hiredis
 
 from server.config import Settings
-from server.database import Database, Snapshot
+from server.database import Database, ScoreRow, Snapshot
 from server.errors import NotReady
 from server.events import MEMORY_FIELD, OUTBOX_FIELD, BadEvent, ScoreEvent, events_of_entry, memories_of_entry
 from server.fences import Fences
@@ -40,6 +40,7 @@ from server.replay import (
     may_begin_too_late,
     tail_starts,
 )
+from server.slots import check_mode
 
 LOCK_POLL_S: Final = 0.1
 CHUNK_PLAYERS: Final = 2000
@@ -74,7 +75,7 @@ class Verifier:
         `on_wait` is told why, before what may take a while. Raises NotReady when Redis cannot be trusted for now,
         ConnectionError when it is gone.
         """
-        run_id = await _check_process(connection)
+        run_id = await _check_process(connection, in_cluster=bool(self._settings.redis_cluster))
         while not await self._is_verified(connection, run_id):
             lock = await RebuildLock.take(connection, self._keys.rebuild_lock)
             if lock is None:
@@ -136,13 +137,14 @@ class Verifier:
         _log.info("%s: %d players in %.1f s", what, players, time.monotonic() - started_s)
 
 
-async def _check_process(connection: RedisConnection) -> bytes:
+async def _check_process(connection: RedisConnection, *, in_cluster: bool) -> bytes:
     """The run_id of the Redis process behind this connection.
 
-    Raises NotReady if that process might evict what it should keep, or cannot be written.
+    Raises NotReady if that process might evict what it should keep, cannot be written, or is not in a cluster as said.
     """
     info: bytes = await connection.execute("INFO")
     fields = dict(line.split(b":", 1) for line in info.splitlines() if b":" in line)
+    check_mode(wanted=in_cluster, found=fields.get(b"cluster_enabled") == b"1")
     policy = fields[b"maxmemory_policy"].decode()
     if policy != "noeviction":
         raise NotReady(f"Redis setting maxmemory-policy: expected noeviction, got {policy}")
@@ -193,7 +195,7 @@ class _Mending:
                 if may_begin_too_late(log, starts):
                     # As after a Redis restored from an old copy: the log has only the end of what it missed.
                     await self._add_later_scores(last)
-                ends = await asyncio.to_thread(tail.fence, self._epoch)
+                ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
                 async for records in self._records(tail, starts, ends, Fences()):
                     missing = [record for record in records if record.event.version > last]
                     for record in missing:
@@ -202,7 +204,7 @@ class _Mending:
         return await self._write_rest()
 
     async def _add_later_scores(self, last: Version) -> None:
-        async with self._database.snapshot() as snapshot, aclosing(snapshot.scores()) as chunks:
+        async with self._database.snapshot() as snapshot, aclosing(await self._scores(snapshot)) as chunks:
             async for rows in chunks:
                 for board, player, score, ms, seq in rows:
                     if (ms, seq) > last:
@@ -221,7 +223,7 @@ class _Mending:
             # Not before all sources have spoken: a refusal must not cost what Redis still has.
             await self._clear()
             settle = self._fold.settle
-            async with aclosing(snapshot.scores()) as chunks:
+            async with aclosing(await self._scores(snapshot)) as chunks:
                 async for rows in chunks:
                     await self._write(
                         [(board, name, settle(board, name, score, (ms, seq))) for board, name, score, ms, seq in rows]
@@ -281,6 +283,10 @@ class _Mending:
         offsets = await snapshot.offsets(self._settings.kafka_topic)
         return {partition: StoredOffset(*offset) for partition, offset in offsets.items()}
 
+    async def _scores(self, snapshot: Snapshot) -> AsyncGenerator[list[ScoreRow], None]:
+        boards = [each for each in await snapshot.boards() if self._keys.holds(each)] if self._keys.tag else None
+        return snapshot.scores(boards)
+
     def _tail_starts(self, stored: dict[int, StoredOffset], log: Log | None) -> dict[int, int]:
         return tail_starts(self._settings.kafka_topic, log, stored, restart=self._settings.new_topic == "restart")
 
@@ -289,12 +295,12 @@ class _Mending:
     ) -> None:
         """Take the events from `starts` on, and what is to be remembered of those before."""
         since_ms = time.time_ns() // 1_000_000 - 1000 * self._settings.idempotency_restore_s
-        ends = await asyncio.to_thread(tail.fence, self._epoch)
+        ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
         recent = await asyncio.to_thread(tail.first_since, since_ms)
         earlier = {number: min(start, recent[number]) for number, start in starts.items()}
         async for records in self._records(tail, earlier, starts, Fences()):
             await self._remember((record.event, record.memory) for record in records if record.event.at >= since_ms)
-        fences = Fences({number: it.epoch for number, it in stored.items() if it.topic_id == log.topic_id})
+        fences = Fences({number: it.epochs for number, it in stored.items() if it.topic_id == log.topic_id})
         async for records in self._records(tail, starts, ends, fences):
             for record in records:
                 self._fold.add(record.event)
@@ -305,8 +311,8 @@ class _Mending:
     ) -> AsyncIterator[list[Record]]:
         await asyncio.to_thread(tail.start, starts, ends, fences)
         while records := await asyncio.to_thread(tail.read):
-            yield records
-        self.highest_fence = max(self.highest_fence, *fences.epochs.values(), 0)
+            yield [record for record in records if self._keys.holds(record.event.board)]
+        self.highest_fence = max(self.highest_fence, fences.highest(self._keys.tag))
         if fences.void:
             _log.warning("%d events in Kafka do not count: Redis had lost them before", fences.void)
 

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 import hiredis
 
 from server.config import Settings
+from server.slots import Address
 
 CONNECT_TIMEOUT_S: Final = 1.0
 """For the handshake; a Redis that is stopped still accepts connections, but never answers."""
@@ -88,16 +89,17 @@ class RedisConnection(asyncio.Protocol):
         return await future
 
 
-async def open_connection(settings: Settings, on_lost: Callable[[RedisConnection], None]) -> RedisConnection:
-    """Connect and authenticate.
+async def open_connection(
+    settings: Settings, on_lost: Callable[[RedisConnection], None], address: Address | None = None
+) -> RedisConnection:
+    """Connect and authenticate, at `address` rather than where the settings say.
 
     Raises OSError, TimeoutError or hiredis.ReplyError.
     """
     loop = asyncio.get_running_loop()
+    host, port = address or (settings.redis_host, settings.redis_port)
     async with asyncio.timeout(CONNECT_TIMEOUT_S):
-        _, connection = await loop.create_connection(
-            lambda: RedisConnection(on_lost), settings.redis_host, settings.redis_port, ssl=_tls(settings)
-        )
+        _, connection = await loop.create_connection(lambda: RedisConnection(on_lost), host, port, ssl=_tls(settings))
         try:
             if settings.redis_password:
                 await connection.execute("AUTH", settings.redis_username or "default", settings.redis_password)

@@ -6,10 +6,12 @@ Rather refuses than guesses. Knows no Kafka client, no Redis and no clock.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from server.errors import NotReady
 from server.events import FINGERPRINT_LENGTH, INDEX_SPAN, ScoreEvent
+from server.fences import Epochs
 
 Version = tuple[int, int]
 """(ms, seq * INDEX_SPAN + index), see ScoreEvent.version."""
@@ -29,8 +31,8 @@ class StoredOffset(NamedTuple):
 
     topic_id: str
     next_offset: int
-    epoch: int = 0
-    """Of the last fence before that offset, see server/fences.py."""
+    epochs: Epochs = MappingProxyType({})
+    """Of the last fences before that offset, see server/fences.py."""
 
 
 class Fold:

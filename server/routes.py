@@ -28,6 +28,7 @@ from server.live import Live
 from server.openapi import MAX_IDEMPOTENCY_KEY, OPENAPI_PATH, document
 from server.pages import page_json
 from server.scores import Scores
+from server.shards import Shards
 from server.uws import JSON, Handler, Request, Server
 from server.web_files import WEB, WebFile, read_files
 
@@ -64,10 +65,10 @@ class Routes:
         self._by_address = settings.rate_limit_by == "ip"
         self._needs_forwarded = self._client.needs_header
         self.counters = metrics.Counters()
-        self.scores: Scores
+        self.scores: Scores | Shards
         self.live: Live
 
-    def register(self, server: Server, scores: Scores, live: Live) -> None:
+    def register(self, server: Server, scores: Scores | Shards, live: Live) -> None:
         """Add every route."""
         self._server, self.scores, self.live = server, scores, live
         self._metrics = metrics.ServerMetrics(self.counters, self._gauges)

@@ -25,6 +25,7 @@ from server.events import MAX_BATCH
 from server.keys import Keys
 from server.pages import Page, entries_of, page_json
 from server.redis_connection import RedisConnection, open_connection, pack
+from server.slots import Address, is_elsewhere
 
 RETRY_S: Final = 0.2
 WATCH_INTERVAL_S: Final = 1.0
@@ -33,7 +34,12 @@ VERIFY_TIMEOUT_S: Final = 3.0
 DISTRUST_INTERVAL_S: Final = 5.0
 """Least time between two rebuilds because of damage: one that does not mend it must not be repeated in a loop."""
 
+QUIET_MS: Final = 5000
+"""How old the last id of a hash tag's outbox may be. In a cluster, a replay reads the events of all boards since then,
+and others may be busy while this one's have been quiet for days."""
+
 _SCRIPT: Final = Path(__file__).with_name("apply_updates.lua").read_bytes()
+_ADVANCE: Final = Path(__file__).with_name("advance_outbox.lua").read_bytes()
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +58,11 @@ Verify = Callable[[RedisConnection, Callable[[str], None]], Awaitable[str]]
 """Makes sure that the Redis behind a new connection can be trusted, and says the epoch; calls back with the reason
 before what may take a while."""
 
+Locate = Callable[[], Awaitable[Address]]
+"""Where the Redis is to connect to, asked before every connection; raises NotReady while nobody knows."""
+
+BoardCommand = tuple[str, tuple[str | int, ...]]
+"""The board that a command reads, and the command."""
 
 _EXPECTED: Final = (OSError, TimeoutError, hiredis.HiredisError, ScoreboardError)
 """What a Redis that comes and goes may raise."""
@@ -69,8 +80,9 @@ class Scores:
         on_outcome: OnOutcome,
         on_problem: OnProblem,
         on_page: OnPage,
+        locate: Locate | None = None,
     ) -> None:
-        """`on_page` gets None as the page when Redis cannot be read."""
+        """`on_page` gets None as the page when Redis cannot be read; without `locate`, Redis is where settings say."""
         self.epoch: str | None = None
         self.reason = "not connected to Redis yet"
         self.outbox_bytes = 0
@@ -83,6 +95,9 @@ class Scores:
         self._on_page = on_page
         self._deadline_s = settings.request_deadline_ms / 1000
         self._script = Script(settings, keys)
+        self._locate = locate
+        self._place = settings.redis_host
+        """For messages."""
         self._connection: RedisConnection | None = None
         self._lost = asyncio.Event()
         self._away_since_s = time.monotonic()
@@ -152,7 +167,7 @@ class Scores:
         if not page.in_flight:
             self._schedule_flush()
 
-    def read(self, commands: list[tuple[str | int, ...]], on_replies: Callable[[list[Any] | None], None]) -> None:
+    def read(self, commands: list[BoardCommand], on_replies: Callable[[list[Any] | None], None]) -> None:
         """Run read commands in one go; `on_replies` gets all replies, or None when Redis cannot be read."""
         connection = self._connection
         if self.epoch is None or connection is None:
@@ -166,7 +181,7 @@ class Scores:
                 failed = any(isinstance(reply, Exception) for reply in replies)
                 on_replies(None if failed else replies)
 
-        for command in commands:
+        for _, command in commands:
             connection.send(pack(command), collect)
 
     # ------------------------------------------------------------------ batches
@@ -195,7 +210,7 @@ class Scores:
         assert self.epoch is not None
         argument = self._script.argument(lane, self.epoch, updates)
         command = pack((b"EVALSHA", self._sha, 1, self._keys.outbox, argument))
-        lane.in_flight = Batch(command, self.epoch, updates.waiters)
+        lane.in_flight = Batch(command, self.epoch, updates)
         self.batches += 1
         self.batched_updates += len(updates.waiters)
         self._send(lane, lane.in_flight)
@@ -211,6 +226,12 @@ class Scores:
             return  # kept: it is sent again, under the same number, over the next connection
         lane.in_flight = None
         if isinstance(reply, hiredis.ReplyError):
+            if is_elsewhere(str(reply)) and not batch.sent_again:
+                # Nothing was done, so they may wait until it is known where their board is: a slot moves, or a master
+                # was replaced.
+                lane.waiting.put_first(batch.updates)
+                self._suspect(f"Redis does not have the board now: {reply}")
+                return
             self._refuse(batch, f"Redis refused the batch: {reply}")
             if "WRONGTYPE" in str(reply):
                 self._distrust("a key of the scoreboard is of another type")
@@ -274,16 +295,18 @@ class Scores:
                 except Exception as error:
                     if not isinstance(error, _EXPECTED):
                         _log.exception("looking after Redis failed: beginning again")
-                    self._suspect(
-                        f"Redis at {self._settings.redis_host}:{self._settings.redis_port}: {_sentence(error)}"
-                    )
+                    self._suspect(f"Redis at {self._place}: {_sentence(error)}")
                 await asyncio.sleep(RETRY_S)
         finally:
             sweeper.cancel()
 
     async def _connect(self) -> None:
         self._lost.clear()
-        connection = self._connection = await open_connection(self._settings, self._on_lost)
+        settings = self._settings
+        self._place = settings.redis_host  # while it is not known which of the nodes
+        host, port = await self._locate() if self._locate else (settings.redis_host, settings.redis_port)
+        self._place = f"{host}:{port}"
+        connection = self._connection = await open_connection(settings, self._on_lost, (host, port))
         self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
         async with asyncio.timeout(VERIFY_TIMEOUT_S) as timeout:
 
@@ -297,7 +320,7 @@ class Scores:
 
     def _go(self, epoch: str) -> None:
         self.epoch, self.reason = epoch, ""
-        _log.info("Redis is verified, epoch %s", epoch)
+        _log.info("Redis is verified, epoch %s%s", epoch, f", hash tag {self._keys.tag}" if self._keys.tag else "")
         for lane in self._lanes.values():
             if lane.in_flight is not None:
                 lane.in_flight.sent_again = True
@@ -318,6 +341,9 @@ class Scores:
             epoch = await connection.execute("HGET", self._keys.ready, "epoch")
             self.outbox_bytes = await connection.execute("MEMORY", "USAGE", self._keys.outbox) or 0
             oldest = await connection.execute("XRANGE", self._keys.outbox, "-", "+", "COUNT", 1)
+            if self._keys.tag and epoch is not None:
+                keys = self._keys.outbox, self._keys.ready
+                await connection.execute("EVAL", _ADVANCE, 2, *keys, self.epoch or "", QUIET_MS)
         self.outbox_oldest_ms = int(oldest[0][0].split(b"-")[0]) if oldest else None
         if self.epoch is not None and epoch != self.epoch.encode():
             self._suspect("Redis has no scoreboard of this epoch")

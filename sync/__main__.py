@@ -25,7 +25,7 @@ from server.supervisor import Child, Supervisor
 from sync import dead_letters, store, topics
 from sync.persister import Persister
 from sync.reconcile import Reconciliation
-from sync.relay import Relay
+from sync.relay import Relays
 from sync.waiting import Outage, Stop
 
 USAGE: Final = "usage: sync [relay | persister]"
@@ -173,7 +173,7 @@ def _run_one(part: Callable[[Settings, Stop], None], settings: Settings) -> None
 
 def _relay(settings: Settings, stop: Stop) -> None:
     if _when_there("Kafka", lambda: topics.ensure_topics(settings), stop):
-        Relay(settings, stop).run()
+        Relays(settings, stop).run()
 
 
 def _persister(settings: Settings, stop: Stop) -> None:

@@ -14,6 +14,7 @@ import redis
 from server.config import Settings
 from server.events import MEMORY_FIELD, OUTBOX_FIELD
 from server.keys import Keys
+from server.slots import Address
 
 ENTRIES_AT_FIRST: Final = 16
 MOST_ENTRIES: Final = 1000
@@ -34,11 +35,12 @@ class Entry(NamedTuple):
     memory: bytes | None = None
 
 
-def connect(settings: Settings) -> redis.Redis:
-    """A client that waits at most two seconds for anything: its owner holds a lease."""
+def connect(settings: Settings, address: Address | None = None) -> redis.Redis:
+    """A client, of `address` if given, that waits at most two seconds for anything: its owner holds a lease."""
+    host, port = address or (settings.redis_host, settings.redis_port)
     return redis.Redis(
-        host=settings.redis_host,
-        port=settings.redis_port,
+        host=host,
+        port=port,
         username=settings.redis_username or None,
         password=settings.redis_password or None,
         ssl=bool(settings.redis_tls),

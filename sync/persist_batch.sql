@@ -1,7 +1,7 @@
 -- One batch: history, current scores, and the offsets it came from, all or nothing.
 --
 -- %(board)s … %(score)s   arrays of one length, an event each
--- %(partitions)s %(next_offsets)s %(epochs)s   arrays of one length, a partition of %(topic)s each
+-- %(partitions)s %(next_offsets)s %(epochs)s %(tag_epochs)s   arrays of one length, a partition of %(topic)s each
 --
 -- Every ORDER BY is load-bearing: writers that take row locks in one order cannot deadlock. So is DISTINCT ON:
 -- a row may be updated only once in a statement, and of a player's events the latest version has to win.
@@ -28,13 +28,14 @@ WITH batch AS MATERIALIZED (
         WHERE (EXCLUDED.ver_ms, EXCLUDED.ver_seq) > (s.ver_ms, s.ver_seq)
     RETURNING 1
 ), moved AS (
-    INSERT INTO consumer_offsets AS o (consumer_group, topic, partition, topic_id, next_offset, epoch)
-    SELECT %(consumer_group)s, %(topic)s, partition, %(topic_id)s, next_offset, epoch
-    FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[], %(epochs)s::bigint[])
-         AS t(partition, next_offset, epoch)
+    INSERT INTO consumer_offsets AS o (consumer_group, topic, partition, topic_id, next_offset, epoch, tag_epochs)
+    SELECT %(consumer_group)s, %(topic)s, partition, %(topic_id)s, next_offset, epoch, tag_epochs
+    FROM unnest(%(partitions)s::int[], %(next_offsets)s::bigint[], %(epochs)s::bigint[], %(tag_epochs)s::jsonb[])
+         AS t(partition, next_offset, epoch, tag_epochs)
     ORDER BY partition
     ON CONFLICT (consumer_group, topic, partition) DO UPDATE
-        SET next_offset = EXCLUDED.next_offset, epoch = EXCLUDED.epoch, updated_at = now()
+        SET next_offset = EXCLUDED.next_offset, epoch = EXCLUDED.epoch, tag_epochs = EXCLUDED.tag_epochs,
+            updated_at = now()
         WHERE EXCLUDED.next_offset > o.next_offset AND EXCLUDED.topic_id = o.topic_id
     RETURNING 1
 )

@@ -149,7 +149,7 @@ class Persister:
             low, high = self._consumer.get_watermark_offsets(partition, timeout=10)
             offset = first_offset(name, partition.partition, stored.get(partition.partition), low, high)
             placed.append(TopicPartition(name, partition.partition, offset))
-        self._fences.begin({partition: offset.epoch for partition, offset in stored.items()})
+        self._fences.begin({partition: offset.epochs for partition, offset in stored.items()})
         return placed
 
     def _settle(self, records: list[Any]) -> None:

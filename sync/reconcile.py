@@ -23,9 +23,9 @@ from server.errors import ScoreboardError
 from server.events import INDEX_SPAN
 from server.keys import BoardKeys, Keys
 from sync.kafka import new_consumer
-from sync.outbox import connect
 from sync.store import Store, StoredScore
 from sync.topics import look_up
+from sync.topology import connect_to, keys_in_use
 from sync.waiting import Stop
 
 CHUNK: Final = 1000
@@ -102,9 +102,7 @@ class Reconciliation:
         self._settings = settings
         self._stop = stop
         self._say = say
-        self._keys = Keys(settings.redis_key_prefix)
-        self._redis = connect(settings)
-        self._script = self._redis.register_script(_READ)
+        self._shards: dict[str, _Shard] = {}
         self._store = Store(settings.database_url)
         self._pipeline = _Pipeline(settings, self._store)
 
@@ -115,7 +113,8 @@ class Reconciliation:
         """
         self._patient_until = time.monotonic() + SETTLE_WITHIN_S
         self._compared = self._ranked = self._differing = self._repaired = 0
-        for board in map(self._keys.board, self._settings.boards):
+        self._connect()
+        for board in (self._shards[name].keys.board(name) for name in self._settings.boards):
             self._read(board, [])  # is there anything to compare with?
             doubts: list[Difference] = []
             for found in self._doubts(board):
@@ -128,9 +127,20 @@ class Reconciliation:
 
     def close(self) -> None:
         """Give up the connections."""
-        self._redis.close()
+        self._disconnect()
         self._store.close()
         self._pipeline.close()
+
+    def _connect(self) -> None:
+        """Find the boards, anew each time: in a cluster they may have moved."""
+        self._disconnect()
+        for keys in keys_in_use(self._settings):
+            shard = _Shard(self._settings, keys)
+            self._shards |= {board: shard for board in self._settings.boards if keys.holds(board)}
+
+    def _disconnect(self) -> None:
+        while self._shards:
+            self._shards.popitem()[1].client.close()
 
     def _doubts(self, board: BoardKeys) -> Iterator[list[Difference]]:
         """What differs at first sight: players of the table, then those that only the leaderboard has."""
@@ -138,11 +148,12 @@ class Reconciliation:
         while rows := self._store.scores_after(board.name, after, CHUNK):
             yield self._unequal(board, dict(rows))
             after = rows[-1][0]
-        if self._redis.zcard(board.leaderboard) <= self._ranked - known:
+        client = self._shards[board.name].client
+        if client.zcard(board.leaderboard) <= self._ranked - known:
             return  # the table has all of them, which spares as many searches
         cursor = 0
         while True:
-            reply: Any = self._redis.zscan(board.leaderboard, cursor, count=CHUNK)
+            reply: Any = client.zscan(board.leaderboard, cursor, count=CHUNK)
             cursor, members = reply
             players = list(dict.fromkeys(member.decode("utf-8", "backslashreplace") for member, _ in members))
             for start in range(0, len(players), CHUNK):  # a small sorted set comes as a whole
@@ -167,9 +178,9 @@ class Reconciliation:
         ]
 
     def _read(self, board: BoardKeys, players: list[str]) -> tuple[Version, Version | None, list[Any], list[Any]]:
-        keys = [board.score(player) for player in players]
-        packed = self._script(
-            keys=[self._keys.outbox], args=[_pack((self._keys.ready, board.leaderboard, players, keys))]
+        shard, scores_of = self._shards[board.name], [board.score(player) for player in players]
+        packed = shard.script(
+            keys=[shard.keys.outbox], args=[_pack((shard.keys.ready, board.leaderboard, players, scores_of))]
         )
         epoch, last, oldest, scores, members = _unpack(packed)
         if not epoch:
@@ -181,7 +192,7 @@ class Reconciliation:
         """Wait for events on their way, then count, tell and repair what differs nevertheless."""
         if not doubts:
             return
-        self._wait_for_events(max(doubt.version for doubt in doubts))
+        self._wait_for_events(board, max(doubt.version for doubt in doubts))
         rows = self._store.scores_of(board, [doubt.player for doubt in doubts])
         certain = [now for doubt in doubts if (now := _looked_at_again(doubt, rows.get(doubt.player)))]
         for difference in certain:
@@ -191,8 +202,8 @@ class Reconciliation:
             wrong = [(one.player, one.score or 0, one.version) for one in certain if one.repairable]
             self._repaired += self._store.correct(board, wrong)
 
-    def _wait_for_events(self, version: Version) -> None:
-        board = self._keys.board(self._settings.boards[0])
+    def _wait_for_events(self, name: str, version: Version) -> None:
+        board = self._shards[name].keys.board(name)
         while not self._stop.requested:
             _, oldest, _, _ = self._read(board, [])
             on_its_way = "the outbox" if oldest and oldest <= version else self._pipeline.owes()
@@ -202,6 +213,15 @@ class Reconciliation:
                 _log.warning("events are still on their way (%s): the database may only be late", on_its_way)
                 return
             self._stop.wait(0.1)
+
+
+class _Shard:
+    """The Redis that has some of the boards: all of them, or in a cluster those of one hash tag."""
+
+    def __init__(self, settings: Settings, keys: Keys) -> None:
+        self.keys = keys
+        self.client = connect_to(settings, keys)
+        self.script = self.client.register_script(_READ)
 
 
 class _Pipeline:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -29,11 +30,12 @@ from server.events import (
     events_of_entry,
     memories_of_entry,
 )
-from server.fences import EPOCH_HEADER
+from server.fences import EPOCH_HEADER, TAG_HEADER
 from server.keys import Keys
 from sync.kafka import MAX_IN_FLIGHT, new_producer
 from sync.lease import RENEW_EVERY_S, Lease
-from sync.outbox import Entry, Outbox, connect
+from sync.outbox import Entry, Outbox
+from sync.topology import connect_to, keys_in_use
 from sync.waiting import Outage, Stop
 
 DRAIN_WITHIN_S: Final = 5.0
@@ -59,17 +61,60 @@ LARGEST_DEAD_LETTER_BYTES: Final = 512 * 1024
 _log = logging.getLogger("sync.relay")
 
 
+class Relays:
+    """Relays every outbox there is: one, or in a Redis Cluster one for each hash tag in use, each by a thread."""
+
+    def __init__(self, settings: Settings, stop: Stop) -> None:
+        self.all = [Relay(settings, stop, keys) for keys in keys_in_use(settings)]
+        self._stop = stop
+        self._failures: list[Exception] = []
+
+    @property
+    def relayed_events(self) -> int:
+        """Events produced since the start."""
+        return sum(relay.relayed_events for relay in self.all)
+
+    @property
+    def dead_letters(self) -> int:
+        """Entries put aside since the start."""
+        return sum(relay.dead_letters for relay in self.all)
+
+    def run(self) -> None:
+        """Return when asked to stop, with everything confirmed trimmed and the leases given back.
+
+        Raises what any of the threads does not expect, once all have stopped.
+        """
+        first, *others = self.all
+        threads = [threading.Thread(target=self._run, args=(relay,), name="relay") for relay in others]
+        for thread in threads:
+            thread.start()
+        self._run(first)  # on the thread that gets the signals
+        for thread in threads:
+            thread.join()
+        if self._failures:
+            raise self._failures[0]
+
+    def _run(self, relay: Relay) -> None:
+        try:
+            relay.run()
+        except Exception as error:
+            self._failures.append(error)
+            self._stop.request()  # rather none than some: whoever started us begins again
+
+
 class Relay:
     """Relays one outbox until it is asked to stop, while it has the lease; outages are waited through."""
 
-    def __init__(self, settings: Settings, stop: Stop) -> None:
+    def __init__(self, settings: Settings, stop: Stop, keys: Keys | None = None) -> None:
+        """`keys` are those of the outbox; without them it is that of a Redis which is no cluster."""
         self.relayed_events = 0
         self.dead_letters = 0
         self.turns_lost = 0
         self._settings = settings
+        self._keys = keys or Keys(settings.redis_key_prefix)
         self._stop = stop
         self._token = secrets.token_hex(16)  # one for good: after an outage our own lease keeps nobody waiting
-        self._redis_outage = Outage("Redis", _log)
+        self._redis_outage = Outage(f"Redis with hash tag {self._keys.tag}" if self._keys.tag else "Redis", _log)
         self.kafka_outage = Outage("Kafka", _log)
 
     def run(self) -> None:
@@ -84,8 +129,7 @@ class Relay:
         _log.info("stopped: %d events relayed, %d dead letters", self.relayed_events, self.dead_letters)
 
     def _take_turn(self) -> None:
-        client = connect(self._settings)
-        keys = Keys(self._settings.redis_key_prefix)
+        client, keys = connect_to(self._settings, self._keys), self._keys
         lease = Lease(client, keys.relay_lease, self._token)
         try:
             if self._wait_for(lease, lambda: bool(client.exists(keys.ready))):
@@ -95,8 +139,9 @@ class Relay:
             client.close()
 
     def _relay(self, lease: Lease, outbox: Outbox) -> None:
-        _log.info("relaying to %s, epoch %s", self._settings.kafka_topic, outbox.epoch.decode())
-        turn = _Turn(self, self._settings, lease, outbox)
+        what = f", hash tag {self._keys.tag}" if self._keys.tag else ""
+        _log.info("relaying to %s, epoch %s%s", self._settings.kafka_topic, outbox.epoch.decode(), what)
+        turn = _Turn(self, self._settings, lease, outbox, self._keys.tag)
         try:
             turn.relay_until(self._stop)
         finally:
@@ -143,7 +188,7 @@ class _Owed:
 class _Turn:
     """From the outbox's beginning to the loss of Redis, its epoch, the producer or the lease, or to the end of all."""
 
-    def __init__(self, relay: Relay, settings: Settings, lease: Lease, outbox: Outbox) -> None:
+    def __init__(self, relay: Relay, settings: Settings, lease: Lease, outbox: Outbox, tag: str) -> None:
         self._relay = relay
         self._topic = settings.kafka_topic
         self._dead_letter_topic = settings.dead_letter_topic
@@ -151,6 +196,8 @@ class _Turn:
         self._outbox = outbox
         self._producer = new_producer(settings, self._on_error)
         self._headers: list[tuple[str, str | bytes | None]] = [("v", FORMAT_VERSION), (EPOCH_HEADER, outbox.epoch)]
+        if tag:
+            self._headers.append((TAG_HEADER, tag))
         self._owed: deque[_Owed] = deque()
         self._done_through: str | None = None
         self._goes_on = True

@@ -42,10 +42,12 @@ CREATE TABLE IF NOT EXISTS consumer_offsets (
     topic_id       text        NOT NULL,           -- a topic made anew has the name but not the id
     next_offset    bigint      NOT NULL,           -- offset to seek to, i.e. last processed + 1
     epoch          bigint      NOT NULL DEFAULT 0, -- of the last fence before it: older events behind it are void
+    tag_epochs     jsonb       NOT NULL DEFAULT '{}', -- the same in a Redis Cluster, by hash tag
     updated_at     timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (consumer_group, topic, partition)
 );
 ALTER TABLE consumer_offsets ADD COLUMN IF NOT EXISTS epoch bigint NOT NULL DEFAULT 0;
+ALTER TABLE consumer_offsets ADD COLUMN IF NOT EXISTS tag_epochs jsonb NOT NULL DEFAULT '{}';
 
 -- 2. TimescaleDB, if this server can really load it --------------------------------------
 

@@ -6,6 +6,7 @@ told apart by version, and an offset never goes back.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ import psycopg
 from psycopg import errors, sql
 
 from server.events import PERSISTER_GROUP, ScoreEvent
+from server.fences import Epochs
 
 RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
 """Before each further try at a statement that lost a race, or whose connection was lost."""
@@ -25,7 +27,9 @@ STATEMENT_TIMEOUT_MS: Final = 60_000
 _SCHEMA: Final = Path(__file__).with_name("schema.sql").read_text()
 _PERSIST: Final = Path(__file__).with_name("persist_batch.sql").read_text().encode()
 _OFFSETS: Final = """
-    SELECT partition, topic_id, next_offset, epoch FROM consumer_offsets WHERE consumer_group = %s AND topic = %s
+    SELECT partition, topic_id, next_offset,
+           CASE WHEN epoch > 0 THEN jsonb_build_object('', epoch) ELSE '{}' END || tag_epochs
+    FROM consumer_offsets WHERE consumer_group = %s AND topic = %s
 """
 _SCORES_AFTER: Final = """
     SELECT player_id, score, ver_ms, ver_seq FROM scores WHERE board = %s AND player_id > %s
@@ -65,8 +69,8 @@ class StoredOffset(NamedTuple):
 
     topic_id: str
     next_offset: int
-    epoch: int = 0
-    """Of the last fence before that offset, see server/fences.py."""
+    epochs: Epochs = MappingProxyType({})
+    """Of the last fences before that offset, see server/fences.py."""
 
 
 class StoredScore(NamedTuple):
@@ -108,7 +112,7 @@ class Store:
         topic: str,
         topic_id: str,
         next_offsets: Mapping[int, int],
-        epochs: Mapping[int, int] = MappingProxyType({}),
+        epochs: Mapping[int, Epochs] = MappingProxyType({}),
     ) -> Persisted:
         """Write the events and move the offsets, with the epochs of the last fences before them, all or nothing.
 
@@ -121,7 +125,8 @@ class Store:
             "topic_id": topic_id,
             "partitions": list(next_offsets.keys()),
             "next_offsets": list(next_offsets.values()),
-            "epochs": [epochs.get(partition, 0) for partition in next_offsets],
+            "epochs": [epochs.get(partition, {}).get("", 0) for partition in next_offsets],
+            "tag_epochs": [_tagged(epochs.get(partition, {})) for partition in next_offsets],
         }
         row = self._retrying(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
         assert row is not None, "the statement returns one row"
@@ -202,6 +207,10 @@ class Store:
                 options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
             )
         return self._connection
+
+
+def _tagged(epochs: Epochs) -> str:
+    return json.dumps({tag: epoch for tag, epoch in epochs.items() if tag})
 
 
 def _columns(events: Sequence[ScoreEvent]) -> dict[str, Any]:

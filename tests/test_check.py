@@ -62,6 +62,13 @@ def test_healthy_redis_has_nothing_to_change() -> None:
         ({"loading": "1"}, (State.WARN, "it is still loading its data")),
         ({"maxmemory_policy": "allkeys-lru"}, (State.FAIL, "maxmemory-policy allkeys-lru: scores may be evicted")),
         ({"aof_enabled": "0"}, (State.WARN, "no append-only file")),
+        (
+            {"cluster_enabled": "1"},
+            (
+                State.FAIL,
+                "redis:6379: REDIS_CLUSTER=0: expected a Redis without cluster mode, got a node of a Redis Cluster",
+            ),
+        ),
         ({"aof_last_write_status": "err"}, (State.FAIL, "the append-only file cannot be written")),
     ],
 )

@@ -138,3 +138,9 @@ def test_readme_lists_exactly_the_settings_there_are() -> None:
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| `([A-Z][A-Z_]+)` \|(.*)\|(.*)\|$", readme, re.MULTILINE)
     assert [(name, default.strip().strip("`"), why.strip()) for name, default, why in rows] == config.describe()
+
+
+def test_key_prefix_with_braces_would_take_the_hash_tag_away() -> None:
+    load({"REDIS_KEY_PREFIX": "{game}"})
+    with pytest.raises(ConfigError, match="expected no braces with REDIS_CLUSTER=1"):
+        load({"REDIS_KEY_PREFIX": "{game}", "REDIS_CLUSTER": "1"})

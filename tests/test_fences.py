@@ -38,18 +38,18 @@ def test_fence_behind_that_of_a_later_epoch_takes_nothing_back() -> None:
     fences.admits(0, fence(7))
     fences.admits(0, fence(6))
     assert not fences.admits(0, of_epoch(6))
-    assert fences.epochs == {0: 7}
+    assert fences.epochs == {0: {"": 7}}
 
 
 @pytest.mark.parametrize("headers", [None, [], [("v", b"1")]])
 def test_event_without_an_epoch_always_counts(headers: list[tuple[str, object]] | None) -> None:
-    assert Fences({0: 7}).admits(0, headers)
+    assert Fences({0: {"": 7}}).admits(0, headers)
 
 
 def test_reader_that_begins_elsewhere_takes_over_the_fences_before() -> None:
-    fences = Fences({0: 7})
+    fences = Fences({0: {"": 7}})
     assert not fences.admits(0, of_epoch(6))
-    fences.begin({0: 0, 1: 9})
+    fences.begin({0: {}, 1: {"": 9}})
     assert fences.admits(0, of_epoch(6))
     assert not fences.admits(1, of_epoch(8))
 
@@ -59,3 +59,19 @@ def test_reader_that_begins_elsewhere_takes_over_the_fences_before() -> None:
 def test_epoch_that_is_no_number_makes_a_bad_event(header: str, value: bytes | None) -> None:
     with pytest.raises(BadEvent, match=f"header {header}: expected digits"):
         Fences().admits(0, [(header, value)])
+
+
+def test_fence_of_one_tag_concerns_no_other() -> None:
+    fences = Fences()
+    fences.admits(0, [*fence(7), ("tag", b"3")])
+    assert not fences.admits(0, [*of_epoch(6), ("tag", b"3")])
+    assert not fences.admits(0, [("tag", b"3"), *of_epoch(6)]), "headers come in any order"
+    assert fences.admits(0, [*of_epoch(6), ("tag", b"a")])
+    assert fences.admits(0, of_epoch(6))
+    assert (fences.highest("3"), fences.highest("a"), fences.highest("")) == (7, 0, 0)
+
+
+@pytest.mark.parametrize("value", [b"", b"{3}", None])
+def test_tag_that_is_no_word_makes_a_bad_event(value: bytes | None) -> None:
+    with pytest.raises(BadEvent, match="header tag: expected letters and digits"):
+        Fences().admits(0, [("tag", value)])

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients"}
+GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients", "slots"}
 CORE = {
     "hub", "auth", "scores", "uws", "metrics", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
+    "shards", "topology",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild"}
 PROCESSES = {"supervisor", "embedded", "workers", "health"}  # child processes: apart from everything that serves
@@ -28,6 +29,7 @@ NEVER = {
     "supervisor": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},
+    "slots": {"asyncio", "time", "hiredis", "redis"},
 }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from binascii import crc_hqx
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.keys import Keys, encode_id
+from server.keys import TAGS, Keys, TaggedKeys, encode_id, idempotency_name, tag_of
 
 ids = st.text("ab:%3A25", min_size=1)
 
@@ -59,3 +61,28 @@ def test_player_of_one_board_is_no_player_of_another(one: str, other: str) -> No
 def test_board_is_made_once() -> None:
     keys = Keys()
     assert keys.board("main") is keys.board("main")
+
+
+def test_all_keys_of_a_tag_share_the_slot_that_a_cluster_gives_them() -> None:
+    slots = set()
+    for tag in {tag_of(f"board{number}") for number in range(200)}:
+        keys = Keys("game1:", tag)
+        every = [keys.outbox, keys.ready, keys.rebuild_lock, keys.relay_lease, f"{keys.ratelimit}1", keys.session("a")]
+        every += [keys.answer + idempotency_name("a{b}", "{c}"), f"{keys.answer_count}1"]
+        every += [keys.board("weekly").leaderboard, keys.board("main").score("{ann}")]
+        assert {crc_hqx(key.split("{")[1].split("}")[0].encode(), 0) % 16384 for key in every} == {keys.slot}
+        slots.add(keys.slot)
+    assert len(slots) == TAGS
+
+
+def test_tag_of_a_board_never_changes() -> None:
+    # What Redis, Kafka and the database hold is told apart by it.
+    assert [tag_of(name) for name in ("main", "weekly", "daily", "eu")] == ["5", "2", "f", "d"]
+
+
+def test_tags_without_a_board_are_not_in_use() -> None:
+    keys = TaggedKeys("game1:", ("main", "weekly"))
+    assert set(keys.by_tag) == {tag_of("main"), tag_of("weekly")}
+    assert keys.board("weekly").leaderboard == f"game1:{{{tag_of('weekly')}}}:board:weekly:leaderboard"
+    assert keys.by_tag[tag_of("main")].holds("main")
+    assert Keys().holds("main")

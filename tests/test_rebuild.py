@@ -21,9 +21,9 @@ from server.database import Database
 from server.embedded import RedisServer, free_port
 from server.errors import NotReady, Problem
 from server.events import FORMAT_VERSION, MEMORY_FIELD, MEMORY_HEADER, OUTBOX_FIELD, ScoreEvent, encode_event
-from server.fences import EPOCH_HEADER
+from server.fences import EPOCH_HEADER, TAG_HEADER
 from server.kafka_tail import KafkaTail
-from server.keys import Keys
+from server.keys import Keys, tag_of
 from server.rebuild import Verifier
 from server.rebuild_lock import RebuildLock
 from server.redis_connection import open_connection
@@ -43,12 +43,13 @@ NOW_MS = time.time_ns() // 1_000_000
 MEMORY = "f" * 16 + "ann:k1"
 
 
-def send(settings: Settings, *events: ScoreEvent, memory: str = "", epoch: int | None = None) -> None:
+def send(settings: Settings, *events: ScoreEvent, memory: str = "", epoch: int | None = None, tag: str = "") -> None:
     """Put events into Kafka as the relay does."""
     producer, failures = Producer({"bootstrap.servers": settings.kafka_brokers}), []
     for one in events:
         headers = [("v", FORMAT_VERSION)] + ([(MEMORY_HEADER, memory.encode())] if memory else [])
         headers += [(EPOCH_HEADER, str(epoch).encode())] if epoch else []
+        headers += [(TAG_HEADER, tag.encode())] if tag else []
         producer.produce(
             settings.kafka_topic,
             encode_event(one),
@@ -240,6 +241,39 @@ class TestRebuild:
         finally:
             server.stop()
             sync.stop()
+
+
+class TestHashTags:
+    """Each tag of a cluster is verified on its own; here they share one Redis, which makes no difference to that."""
+
+    def test_tag_gets_its_own_boards_from_each_source(self, settings: Settings, redis: redis_client.Redis) -> None:
+        def on(board: str, one: ScoreEvent) -> ScoreEvent:
+            return msgspec.structs.replace(one, board=board)
+
+        stored = [on(board, event("ann", 1000, score=1)) for board in ("main", "weekly")]
+        send(settings, *stored)
+        # Tag 5 is that of main. Its fence is known from the database, the other's is met on the way.
+        writing, topic_id = store.Store(settings.database_url), look_up(settings).topic_id
+        writing.persist(stored, settings.kafka_topic, topic_id, {0: 2}, {0: {"5": 7}})
+        writing.close()
+        assert (tag_of("main"), tag_of("weekly")) == ("5", "2")
+        send(settings, event("bob", 2000, score=2), epoch=7, tag="5")
+        send(settings, event("bob", 3000, score=3), epoch=6, tag="5")
+        tail = KafkaTail(settings)
+        tail.describe()
+        tail.fence(9, "2")
+        tail.close()
+        send(settings, event("cid", 2000, score=4), epoch=8, tag="5")
+        send(settings, on("weekly", event("cid", 2000, score=5)), epoch=9, tag="2")
+        send(settings, on("weekly", event("dan", 2000, score=6)), epoch=8, tag="2")
+        expected = {"main": {b"ann": 1, b"bob": 2, b"cid": 4}, "weekly": {b"ann": 1, b"cid": 5}}
+        for name, scores in expected.items():
+            keys = Keys(tag=tag_of(name))
+            before = set(redis.keys())
+            verify(settings, Verifier(settings, keys, Database(settings.database_url)))
+            assert dict(redis.zrange(keys.board(name).leaderboard, 0, -1, withscores=True)) == scores
+            assert all(key.startswith(keys.prefix.encode()) for key in set(redis.keys()) - before)
+            assert len(redis.keys(f"{keys.prefix}*:score")) == len(scores)
 
 
 class TestRefusal:
@@ -452,7 +486,7 @@ class TestFence:
     ) -> None:
         put_fences(settings, epoch=6)
         writing = store.Store(settings.database_url)
-        writing.persist([], settings.kafka_topic, look_up(settings).topic_id, {0: 1}, {0: 6})
+        writing.persist([], settings.kafka_topic, look_up(settings).topic_id, {0: 1}, {0: {"": 6}})
         writing.close()
         send(settings, event("ann", 1000, score=1), memory=MEMORY, epoch=5)
         send(settings, event("bob", 1000, score=2), epoch=6)

@@ -101,9 +101,10 @@ def test_offset_never_goes_back(store: Store) -> None:
 
 
 def test_epoch_of_the_last_fence_is_kept_with_the_offset(store: Store) -> None:
-    store.persist([], "updates", "id-1", {0: 5, 1: 5}, {0: 7})
-    store.persist([], "updates", "id-1", {0: 4}, {0: 3})
-    assert store.offsets("updates") == {0: StoredOffset("id-1", 5, 7), 1: StoredOffset("id-1", 5, 0)}
+    store.persist([], "updates", "id-1", {0: 5, 1: 5}, {0: {"": 7, "3": 9}})
+    store.persist([], "updates", "id-1", {0: 4}, {0: {"": 3}})
+    offsets = store.offsets("updates")
+    assert offsets == {0: StoredOffset("id-1", 5, {"": 7, "3": 9}), 1: StoredOffset("id-1", 5)}
 
 
 def test_offset_of_another_topic_is_neither_moved_nor_kept_when_forgotten(store: Store) -> None:
