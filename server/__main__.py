@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from server import config
+from server import config, logs
 from server.errors import ConfigError, ScoreboardError, UwsError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def serve(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scoreboard serve", description="Run the server.")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # server/workers.py starts those
     is_worker = parser.parse_args(argv).worker
-    settings = config.load()
+    settings = _load()
     if is_worker or settings.workers == 1:
         _raise_file_limit(settings.live_max_connections)
         from server import uws  # must be the first to open libuv; only this command needs it
@@ -60,7 +60,9 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     from server import uws
     from server.auth import Authenticator
     from server.database import Database
+    from server.instruments import Metrics
     from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
+    from server.metrics import ServerMetrics
     from server.routes import Routes
 
     # A reader gives Redis half of its time, and the database the other.
@@ -74,7 +76,8 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     keys, scores = _scores(settings, database, routes)
     live = Live(settings, keys, scores, authenticator)
     server = uws.Server(request_timeout_s=settings.request_deadline_ms / 1000 + 3)
-    routes.register(server, scores, live)
+    metrics = Metrics(ServerMetrics(server, scores, live))
+    routes.register(server, scores, live, metrics)
     server.websocket(
         WEBSOCKET_PATH,
         live,
@@ -83,6 +86,8 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
         idle_timeout_s=IDLE_TIMEOUT_S,
     )
     try:
+        if settings.metrics_port:
+            metrics.serve(settings.metrics_host, settings.metrics_port, "METRICS_PORT")
         port = server.listen(settings.host, settings.port, shared=shared_port)
     except ScoreboardError as error:
         _say(error)
@@ -102,21 +107,25 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
 
 def _scores(settings: config.Settings, database: Database, routes: Routes) -> tuple[BoardsKeys, Scores | Shards]:
     """The way to Redis, or to each master of a Redis Cluster that has one of the boards."""
+    from server.instruments import RedisFigures
     from server.keys import Keys, TaggedKeys
     from server.rebuild import Verifier
     from server.scores import Locate, Scores
     from server.shards import Shards
     from server.topology import Topology
 
+    figures = RedisFigures()
+
     def one(keys: Keys, locate: Locate | None = None) -> Scores:
         return Scores(
             settings,
             keys,
-            Verifier(settings, keys, database).verify,
+            Verifier(settings, keys, database, figures=figures).verify,
             on_outcome=routes.on_outcome,
             on_problem=routes.on_problem,
             on_page=routes.on_page,
             locate=locate,
+            figures=figures,
         )
 
     if not settings.redis_cluster:
@@ -125,6 +134,12 @@ def _scores(settings: config.Settings, database: Database, routes: Routes) -> tu
     tagged, topology = TaggedKeys(settings.redis_key_prefix, settings.boards), Topology(settings)
     by_tag = {tag: one(keys, partial(topology.master_of, keys.slot)) for tag, keys in tagged.by_tag.items()}
     return tagged, Shards(by_tag, settings.boards)
+
+
+def _load() -> config.Settings:
+    settings = config.load()
+    logs.configure(settings.log_format, settings.log_level)
+    return settings
 
 
 def token(argv: list[str]) -> int:
@@ -137,7 +152,7 @@ def token(argv: list[str]) -> int:
     parser.add_argument("--ttl", type=int, default=3600, metavar="SECONDS", help="how long it is valid (3600)")
     parser.add_argument("--count", type=int, metavar="N", help="print N tokens, for SUB1, SUB2, … SUBN")
     arguments = parser.parse_args(argv)
-    settings = config.load()
+    settings = _load()
     if settings.jwt_secret is None:
         raise ConfigError("JWT_SECRET: expected a secret of at least 32 bytes, got none")
     algorithm = next((name for name in settings.jwt_algorithms if name.startswith("HS")), "HS256")
@@ -164,7 +179,7 @@ def run_all(argv: list[str]) -> int:
     from server.supervisor import Child, Supervisor
 
     argparse.ArgumentParser(prog="scoreboard all", description="Run server and sync.").parse_args(argv)
-    settings = config.load()
+    settings = _load()
     Authenticator(settings)  # said once here, rather than by children that start again and again
     commands = {"server": ["serve"], "relay": ["sync", "relay"], "persister": ["sync", "persister"]}
     # In the order in which changes move: the server drains while the others still take what it accepted.
@@ -253,7 +268,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         sys.stderr.write(f"usage:\n{usage}")
         return 0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logs.configure()
     try:
         return COMMANDS[sys.argv[1]](sys.argv[2:])
     except (ConfigError, UwsError) as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import time
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -58,7 +59,7 @@ def fingerprint(board: str, player: str, delta: int) -> str:
 class Batch:
     """One numbered call of the script, kept until it is answered so that it may be sent again."""
 
-    __slots__ = ("command", "epoch", "sent_again", "updates", "waiters")
+    __slots__ = ("command", "epoch", "sent_again", "sent_s", "updates", "waiters")
 
     def __init__(self, command: bytes, epoch: str, updates: Updates) -> None:
         self.command = command
@@ -66,6 +67,7 @@ class Batch:
         self.updates = updates
         self.waiters = updates.waiters
         self.sent_again = False
+        self.sent_s = time.monotonic()
 
 
 class Updates:

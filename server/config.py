@@ -291,6 +291,27 @@ class Settings:
         "offsets of a topic that was made anew: refuse them, or start over (what `dev` does)",
     )
 
+    metrics_host: str = _setting("METRICS_HOST", _text, "127.0.0.1", "address of the three ports of metrics below")
+    metrics_port: int = _setting(
+        "METRICS_PORT", _integer(0, 65535), 0, "the server's /metrics, worker n's on METRICS_PORT + n - 1; 0: on PORT"
+    )
+    relay_metrics_port: int = _setting("RELAY_METRICS_PORT", _integer(0, 65535), 0, "the relay's metrics; 0: none")
+    persister_metrics_port: int = _setting(
+        "PERSISTER_METRICS_PORT", _integer(0, 65535), 0, "the persister's metrics; 0: none"
+    )
+    log_format: Literal["auto", "json", "text"] = _setting(
+        "LOG_FORMAT", _one_of("auto", "json", "text"), "auto", "auto: text on a terminal, else a JSON object a line"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "LOG_LEVEL", _one_of("debug", "info", "warning", "error"), "info", "the least that is logged"
+    )
+    slow_request_ms: int = _setting(
+        "SLOW_REQUEST_MS",
+        _integer(0, 3_600_000),
+        500,
+        "an answer that took longer is logged, with its parts; 0: none",
+    )
+
     @property
     def dead_letter_topic(self) -> str:
         """Where records go that cannot be stored."""

@@ -139,6 +139,7 @@ class Hub:
         self._boards: dict[str, _Board] = {}
         self._next_flush_ms = 0.0
         self.watchers = 0
+        self.score_updates_skipped = 0
         self.lagging: set[Watcher] = set()
 
     # ------------------------------------------------------------------ connections
@@ -274,6 +275,7 @@ class Hub:
         }
         lists = self._advance_lists(board, top)
         chosen = self._choose(board, updates.keys(), top)
+        self.score_updates_skipped += len(updates) - len(chosen)
         oldest_ms = board.reading_oldest_ms
         delay_ms = None if unix_ms is None or oldest_ms is None else max(0, unix_ms - oldest_ms)
         yield from self._to_shards(board, lists, updates, chosen, delay_ms)

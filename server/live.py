@@ -20,6 +20,7 @@ from server.config import Settings
 from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
 from server.hub import Hub, Publish, Read, Send, Shard, Watcher
+from server.instruments import LATENCY_BOUNDS_S, Histogram
 from server.keys import BoardsKeys
 from server.messages import error_message, status_message
 from server.pages import entries_of
@@ -61,8 +62,11 @@ class Live:
         self, settings: Settings, keys: BoardsKeys, scores: Scores | Shards, authenticator: Authenticator
     ) -> None:
         self.is_live = False  # until Kafka was reached
-        self.flushes = 0
         self.resyncs = 0
+        self.dismissed = 0
+        self.changes = 0
+        self.flush_s = Histogram(LATENCY_BOUNDS_S)
+        self.feed_delay_s = Histogram(LATENCY_BOUNDS_S)
         self._settings = settings
         self._keys = keys
         self._scores = scores
@@ -85,6 +89,11 @@ class Live:
     def lagging(self) -> int:
         """How many of them lag."""
         return len(self._hub.lagging)
+
+    @property
+    def score_updates_skipped(self) -> int:
+        """How many score updates were left out of flushes that had too many."""
+        return self._hub.score_updates_skipped
 
     def start(self, publish: Any) -> None:
         """Begin to read events; `publish(topic, text)` sends to all subscribers of a topic."""
@@ -188,6 +197,9 @@ class Live:
 
     def changed(self, changes: set[tuple[str, str]], oldest_ms: int | None) -> None:
         """Events for these (board, player) arrived, the oldest of them applied at that Unix time."""
+        self.changes += len(changes)
+        if oldest_ms is not None:
+            self.feed_delay_s.observe(max(0.0, time.time() - oldest_ms / 1000))
         self._hub.mark(changes, oldest_ms)
         self._schedule()
 
@@ -200,6 +212,7 @@ class Live:
         """Once a second: close who lags for too long, and never show a stale board as if it were live."""
         self._loop.call_later(TICK_S, self._tick)
         for watcher in self._hub.overdue(int(_now_ms())):
+            self.dismissed += 1
             watcher.connection.dismiss(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
         self._sweeping = self._loop.create_task(self._sweep())
         oldest_ms = self._scores.outbox_oldest_ms
@@ -260,7 +273,7 @@ class Live:
             _log.exception("a flush failed: reading everything again")
             self._retry()
             return
-        self.flushes += 1
+        self.flush_s.observe(busy_ms / 1000)
         self._hub.end_flush(started_ms, busy_ms)
         self._flushing = False
         self._schedule()

@@ -1,52 +1,63 @@
-"""What /metrics shows: plain integers counted on the way, read out only when Prometheus asks."""
+"""What the server measures, as Prometheus gets it."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-
-
-class Counters:
-    """Counts of one server. Incremented on the hot path, so they are attributes and dict entries, nothing more."""
-
-    def __init__(self) -> None:
-        self.answers: defaultdict[tuple[str, int], int] = defaultdict(int)
-        """By (route, status)."""
-
-    def count(self, route: str, status: int) -> None:
-        """One more answer of `status` on `route`."""
-        self.answers[route, status] += 1
+from server.instruments import answers, counter, gauge, histogram
+from server.live import Live
+from server.scores import Scores
+from server.shards import Shards
+from server.uws import Server
 
 
 class ServerMetrics(Collector):
-    """Everything measured in this process, collected when asked."""
+    """Collects the figures of one server process when asked, also on another thread than the loop's."""
 
-    def __init__(self, counters: Counters, gauges: Callable[[], dict[str, tuple[str, float]]]) -> None:
-        """`gauges` says by name what each means and its value now."""
-        self._counters = counters
-        self._gauges = gauges
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
-        GCCollector(registry=self._registry)
+    def __init__(self, server: Server, scores: Scores | Shards, live: Live) -> None:
+        self._server = server
+        self._scores = scores
+        self._live = live
 
     def collect(self) -> Iterator[Metric]:
         """prometheus_client: all metrics of ours."""
-        requests = CounterMetricFamily("scoreboard_http_requests", "Answers sent.", labels=("route", "status"))
-        for (route, status), count in self._counters.answers.items():
-            requests.add_metric((route, str(status)), count)
-        yield requests
-        for name, (meaning, value) in self._gauges().items():
-            family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield family(name.removesuffix("_total"), meaning, value=value)
+        yield from answers(list(self._server.answers.items()))
+        yield gauge("scoreboard_draining", "Whether SIGTERM was received.", self._server.draining)
+        yield from self._of_redis()
+        yield from self._of_live()
 
-    def text(self) -> bytes:
-        """The exposition format of Prometheus."""
-        return generate_latest(self._registry)
+    def _of_redis(self) -> Iterator[Metric]:
+        scores, figures = self._scores, self._scores.figures
+        yield histogram("scoreboard_batch_updates", "Updates in a batch sent to Redis.", figures.batch_updates)
+        yield histogram("scoreboard_redis_round_trip_seconds", "From a batch to its reply.", figures.round_trip_s)
+        ready = scores.epoch is not None
+        yield gauge("scoreboard_redis_ready", "Whether Redis is there and verified.", ready)
+        yield gauge("scoreboard_write_ready", "Whether updates are accepted.", ready and not scores.outbox_full)
+        yield gauge(
+            "scoreboard_outbox_bytes",
+            "What is owed to Kafka; updates stop above OUTBOX_MAX_BYTES.",
+            scores.outbox_bytes,
+        )
+        oldest_ms = scores.outbox_oldest_ms
+        age_s = 0.0 if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1000)
+        yield gauge("scoreboard_outbox_oldest_age_seconds", "Age of what is owed to Kafka for longest.", age_s)
+        yield counter("scoreboard_rebuilds", "Times that this server rebuilt Redis.", figures.rebuilds)
+        yield counter("scoreboard_replays", "Times that it gave Redis back what that had lost.", figures.replays)
+        yield gauge("scoreboard_mending", "Rebuilds and replays that go on in this server.", figures.mending)
+
+    def _of_live(self) -> Iterator[Metric]:
+        live = self._live
+        yield gauge("scoreboard_live_ready", "Whether events arrive from Kafka.", live.is_live)
+        yield gauge("scoreboard_live_connections", "WebSocket connections.", live.connections)
+        yield gauge("scoreboard_live_lagging", "Connections that do not keep up.", live.lagging)
+        yield counter("scoreboard_live_resyncs", "Whole lists sent to connections that lagged.", live.resyncs)
+        yield counter("scoreboard_live_dismissed", "Connections closed for lagging too long.", live.dismissed)
+        yield histogram("scoreboard_live_flush_seconds", "What a flush takes of the loop's time.", live.flush_s)
+        yield counter("scoreboard_live_changes", "Changed scores in the events that arrived.", live.changes)
+        skipped = live.score_updates_skipped
+        yield counter("scoreboard_live_score_updates_skipped", "Scores left out of a flush that had too many.", skipped)
+        yield histogram("scoreboard_feed_delay_seconds", "From a change to its event's arrival.", live.feed_delay_s)

@@ -25,6 +25,7 @@ from server.database import Database, ScoreRow, Snapshot
 from server.errors import NotReady
 from server.events import MEMORY_FIELD, OUTBOX_FIELD, BadEvent, ScoreEvent, events_of_entry, memories_of_entry
 from server.fences import Fences
+from server.instruments import RedisFigures
 from server.kafka_tail import KafkaTail, Record
 from server.keys import Keys
 from server.rebuild_lock import Command, RebuildLock
@@ -60,13 +61,19 @@ class Verifier:
     """Makes sure that one deployment's Redis is whole; `verify` is what Scores wants of it."""
 
     def __init__(
-        self, settings: Settings, keys: Keys, database: Database, open_tail: Callable[[], KafkaTail] | None = None
+        self,
+        settings: Settings,
+        keys: Keys,
+        database: Database,
+        open_tail: Callable[[], KafkaTail] | None = None,
+        figures: RedisFigures | None = None,
     ) -> None:
         """`open_tail` begins a reading of Kafka; by default as the settings say."""
         self._settings = settings
         self._keys = keys
         self._database = database
         self._open_tail = open_tail or (lambda: KafkaTail(settings))
+        self._figures = figures or RedisFigures()
         self._epoch = 0
 
     async def verify(self, connection: RedisConnection, on_wait: Callable[[str], None]) -> str:
@@ -87,7 +94,11 @@ class Verifier:
                 if not await self._is_verified(connection, run_id):
                     sources = f"Kafka at {self._settings.kafka_brokers} and the database"
                     on_wait(f"Redis is being compared with {sources}, and mended from them")
-                    await self._mend(connection, lock, run_id)
+                    self._figures.mending += 1
+                    try:
+                        await self._mend(connection, lock, run_id)
+                    finally:
+                        self._figures.mending -= 1
         return str(self._epoch)
 
     async def _is_verified(self, connection: RedisConnection, run_id: bytes) -> bool:
@@ -133,7 +144,12 @@ class Verifier:
             raise NotReady("another epoch of Redis was verified before, by a clock that is ahead: beginning again")
         await mending.continue_after(last_id)
         await lock.write([("HSET", ready, "epoch", str(next_epoch), "run_id", run_id)])
-        what = "replayed what Redis had lost" if epoch and last_id else "rebuilt Redis"
+        if epoch and last_id:
+            what = "replayed what Redis had lost"
+            self._figures.replays += 1
+        else:
+            what = "rebuilt Redis"
+            self._figures.rebuilds += 1
         _log.info("%s: %d players in %.1f s", what, players, time.monotonic() - started_s)
 
 

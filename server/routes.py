@@ -6,6 +6,7 @@ An update takes this way: `update_score` → its body is complete → `_submit` 
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 import urllib.parse
@@ -15,7 +16,6 @@ from typing import Any, Final
 import msgspec
 import psycopg
 
-from server import metrics
 from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
 from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.bodies import Change, Result
@@ -23,6 +23,7 @@ from server.config import Settings
 from server.database import TOP_LIMIT, Database
 from server.errors import Problem, not_applied
 from server.events import MAX_PLAYER, MAX_SCORE
+from server.instruments import CONTENT_TYPE, Metrics
 from server.keys import default_board, idempotency_name
 from server.live import Live
 from server.openapi import MAX_IDEMPOTENCY_KEY, OPENAPI_PATH, document
@@ -40,7 +41,6 @@ LONGEST_QUERY: Final = 128
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _OK: Final = b"200 OK"
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
-_UPDATED: Final = ("/update-score", 200)
 _FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
 _EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
 
@@ -64,22 +64,23 @@ class Routes:
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_address = settings.rate_limit_by == "ip"
         self._needs_forwarded = self._client.needs_header
-        self.counters = metrics.Counters()
         self.scores: Scores | Shards
         self.live: Live
 
-    def register(self, server: Server, scores: Scores | Shards, live: Live) -> None:
+    def register(self, server: Server, scores: Scores | Shards, live: Live, metrics: Metrics) -> None:
         """Add every route."""
-        self._server, self.scores, self.live = server, scores, live
-        self._metrics = metrics.ServerMetrics(self.counters, self._gauges)
+        self._server, self.scores, self.live, self._metrics = server, scores, live, metrics
+        server.slow_s = self._settings.slow_request_ms / 1000 or math.inf
         if "*" in self._settings.cors_origins:
             server.head_lines = (
                 f"\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {_EXPOSED}".encode()
             )
         self._route("/update-score", {"POST": self.update_score})
         self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard})
-        for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz), ("/metrics", self.show_metrics)):
+        for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz)):
             self._route(path, {"GET": handler, "HEAD": handler})
+        if not self._settings.metrics_port:
+            self._route("/metrics", {"GET": self.show_metrics, "HEAD": self.show_metrics})
         files = read_files(WEB, self._settings.boards)
         types = {path: file.content_type.decode() for path, file in files.items()}
         files[OPENAPI_PATH] = WebFile(document(self._settings.boards, types), JSON)
@@ -123,10 +124,8 @@ class Routes:
     def on_outcome(self, request: Request, outcome: int, value: int) -> None:
         """Scores: an update was decided."""
         if outcome == Outcome.APPLIED:
-            self.counters.answers[_UPDATED] += 1
             request.answer(_OK, _encode(Result(request.context, value)))
         elif outcome == Outcome.REPLAYED:
-            self.counters.count("/update-score", 200)
             request.answer(_REPLAYED, _encode(Result(request.context, value)))
         elif outcome == Outcome.LIMITED:
             self.on_problem(request, self._limited(value))
@@ -144,7 +143,6 @@ class Routes:
 
     def on_problem(self, request: Request, problem: Problem) -> None:
         """Scores: an update was refused."""
-        self.counters.count("/update-score", problem.status)
         request.problem(problem)
 
     def leaderboard(self, request: Request) -> None:
@@ -163,7 +161,6 @@ class Routes:
         if page is None:
             self._spawn(self._leaderboard_from_database(request))
             return
-        self.counters.count("/leaderboard", 200)
         request.answer(_OK, page)
 
     async def _leaderboard_from_database(self, request: Request) -> None:
@@ -171,11 +168,9 @@ class Routes:
         try:
             page = page_json(await self._database.top(board, limit))
         except (psycopg.Error, OSError, TimeoutError):
-            self.counters.count("/leaderboard", 503)
             detail = "neither Redis nor the database can be read now"
             request.problem(Problem(503, detail, kind="unavailable", headers=(("Retry-After", "1"),)))
             return
-        self.counters.count("/leaderboard", 200)
         request.answer(_FROM_DATABASE, page)
 
     def healthz(self, request: Request) -> None:
@@ -206,7 +201,7 @@ class Routes:
 
     def show_metrics(self, request: Request) -> None:
         """GET /metrics"""
-        request.answer(_OK, self._metrics.text(), metrics.CONTENT_TYPE)
+        request.answer(_OK, self._metrics.text(), CONTENT_TYPE)
 
     def unknown(self, request: Request) -> None:
         """Any other path."""
@@ -292,19 +287,6 @@ class Routes:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _gauges(self) -> dict[str, tuple[str, float]]:
-        scores, live = self.scores, self.live
-        return {
-            "scoreboard_batches_total": ("Batches sent to Redis.", scores.batches),
-            "scoreboard_batched_updates_total": ("Updates in those batches.", scores.batched_updates),
-            "scoreboard_outbox_bytes": ("Size of the outbox.", scores.outbox_bytes),
-            "scoreboard_write_ready": ("Whether updates are accepted.", scores.epoch is not None),
-            "scoreboard_live_connections": ("WebSocket connections.", live.connections),
-            "scoreboard_live_lagging": ("Connections that do not keep up.", live.lagging),
-            "scoreboard_live_flushes_total": ("Flushes to watchers.", live.flushes),
-            "scoreboard_live_resyncs_total": ("Snapshots sent after lagging.", live.resyncs),
-        }
 
 
 def parse_change(body: bytes) -> Change:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -22,6 +23,7 @@ from server.batches import APPLIED, COLD, Batch, IdempotencyKey, Lane, Outcome, 
 from server.config import Settings
 from server.errors import NotReady, Problem, ScoreboardError, not_applied, outcome_unknown
 from server.events import MAX_BATCH
+from server.instruments import RedisFigures
 from server.keys import Keys
 from server.pages import Page, entries_of, page_json
 from server.redis_connection import RedisConnection, open_connection, pack
@@ -48,6 +50,7 @@ class Waiter(Protocol):
     """Whoever waits for an answer."""
 
     received_s: float
+    parts: str
 
 
 OnOutcome = Callable[[Any, int, int], None]
@@ -81,12 +84,15 @@ class Scores:
         on_problem: OnProblem,
         on_page: OnPage,
         locate: Locate | None = None,
+        figures: RedisFigures | None = None,
     ) -> None:
         """`on_page` gets None as the page when Redis cannot be read; without `locate`, Redis is where settings say."""
         self.epoch: str | None = None
         self.reason = "not connected to Redis yet"
         self.outbox_bytes = 0
         self.outbox_oldest_ms: int | None = None
+        self.figures = figures or RedisFigures()
+        self._slow_s = settings.slow_request_ms / 1000 or math.inf
         self._settings = settings
         self._keys = keys
         self._verify = verify
@@ -109,8 +115,6 @@ class Scores:
         self._pages: dict[tuple[str, int], Page] = {}
         self._flush_scheduled = False
         self._loop = asyncio.get_running_loop()
-        self.batches = 0
-        self.batched_updates = 0
 
     @property
     def outbox_full(self) -> bool:
@@ -211,8 +215,7 @@ class Scores:
         argument = self._script.argument(lane, self.epoch, updates)
         command = pack((b"EVALSHA", self._sha, 1, self._keys.outbox, argument))
         lane.in_flight = Batch(command, self.epoch, updates)
-        self.batches += 1
-        self.batched_updates += len(updates.waiters)
+        self.figures.batch_updates.observe(len(updates.waiters))
         self._send(lane, lane.in_flight)
 
     def _send(self, lane: Lane, batch: Batch) -> None:
@@ -225,6 +228,10 @@ class Scores:
         if isinstance(reply, ConnectionError):
             return  # kept: it is sent again, under the same number, over the next connection
         lane.in_flight = None
+        now_s = time.monotonic()
+        self.figures.round_trip_s.observe(now_s - batch.sent_s)
+        if now_s - batch.waiters[0].received_s > self._slow_s:
+            _note_parts(batch, now_s)
         if isinstance(reply, hiredis.ReplyError):
             if is_elsewhere(str(reply)) and not batch.sent_again:
                 # Nothing was done, so they may wait until it is known where their board is: a slot moves, or a master
@@ -429,6 +436,13 @@ class Scores:
         readers, page.waiters = page.waiters[:late], page.waiters[late:]
         for waiter in readers:
             self._on_page(waiter, None)
+
+
+def _note_parts(batch: Batch, now_s: float) -> None:
+    redis_ms, others = 1000 * (now_s - batch.sent_s), len(batch.waiters) - 1
+    for waiter in batch.waiters:
+        waiting_ms = 1000 * (batch.sent_s - waiter.received_s)
+        waiter.parts = f"{waiting_ms:.0f} ms until its batch was sent, {redis_ms:.0f} ms in Redis with {others} others"
 
 
 def _sentence(error: BaseException) -> str:

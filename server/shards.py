@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from server.batches import IdempotencyKey
+from server.instruments import RedisFigures
 from server.keys import tag_of
 from server.scores import BoardCommand, Scores, Waiter
 
@@ -55,14 +56,9 @@ class Shards:
         return min(times_ms, default=None)
 
     @property
-    def batches(self) -> int:
-        """Batches sent to Redis."""
-        return sum(shard.batches for shard in self._all)
-
-    @property
-    def batched_updates(self) -> int:
-        """Updates in those batches."""
-        return sum(shard.batched_updates for shard in self._all)
+    def figures(self) -> RedisFigures:
+        """Theirs, which they share."""
+        return self._all[0].figures
 
     def submit(
         self,

@@ -20,7 +20,9 @@ import ctypes
 import enum
 import itertools
 import logging
+import math
 import os
+import re
 import secrets
 import signal
 import socket
@@ -34,6 +36,8 @@ import _cffi_backend
 import uvloop.loop
 
 from server.errors import CloseCode, Problem, UwsError
+from server.instruments import Answers
+from server.logs import Sparing
 
 if sys.platform != "linux":
     raise UwsError("uWebSockets shares uvloop's loop through Linux's symbol lookup: expected Linux")
@@ -48,6 +52,7 @@ except OSError as error:
     raise UwsError(f"socketify's library cannot be opened (x86-64 and libuv1 are needed): {error}") from error
 
 _log = logging.getLogger(__name__)
+_slow = Sparing()
 
 SSL: Final = 0
 TEXT: Final = 1
@@ -92,6 +97,8 @@ DISCARD_BYTES: Final = 4 * 2**20
 _poll = ctypes.CDLL(library_path).us_poll_fd
 _poll.argtypes, _poll.restype = [ctypes.c_void_p], ctypes.c_int
 _tokens = itertools.count(1)
+_ID_PREFIX: Final = secrets.token_hex(4).encode() + b"-"
+_GOOD_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 Handler = Callable[["Request"], None]
 
@@ -144,17 +151,19 @@ class Request:
     """
 
     __slots__ = (
-        "_limit", "_on_body", "_received", "_req", "_res", "_server",
-        "body", "context", "done", "head_lines", "is_head", "received_s", "token",
+        "_answers", "_given_id", "_limit", "_on_body", "_received", "_req", "_res", "_server",
+        "body", "context", "done", "head_lines", "is_head", "parts", "received_s", "token",
     )  # fmt: skip
 
-    def __init__(self, server: Server, res: Any, req: Any) -> None:
+    def __init__(self, server: Server, res: Any, req: Any, answers: Answers) -> None:
         self._server = server
+        self._answers = answers
         self._res = res
         self._req = req
         self._on_body: Handler | None = None
         self._limit = 0
         self._received = 0
+        self._given_id = b""
         self.token = 0
         self.body = b""
         self.context: Any = None
@@ -166,6 +175,8 @@ class Request:
         """Header lines, each after a CRLF, that go with whatever is answered (CORS)."""
         self.received_s = time.monotonic()
         """When the request was complete, on the monotonic clock."""
+        self.parts = ""
+        """Where its time went, for the log, if it took long."""
 
     def header(self, name: bytes) -> bytes:
         """The value of the header `name` (lower case), b"" when absent. Only inside the handler."""
@@ -178,6 +189,11 @@ class Request:
         _all_headers.clear()
         lib.uws_req_for_each_header(self._req, _on_header, ffi.NULL)
         return b", ".join(value for key, value in _all_headers if key == name)
+
+    @property
+    def id(self) -> bytes:
+        """What the client calls this request (X-Request-Id), or else what we call it."""
+        return self._given_id or b"%b%x" % (_ID_PREFIX, self.token)
 
     @property
     def method(self) -> str:
@@ -216,9 +232,18 @@ class Request:
         if self.done:
             return False
         self.done = True
-        server = self._server
+        server, answers = self._server, self._answers
         server.pending.pop(self.token, None)
-        head += self.head_lines
+        answers.by_status[head[:3]] += 1
+        seconds = time.monotonic() - self.received_s
+        answers.seconds.observe(seconds)
+        if seconds > server.slow_s:
+            self._log_slow(head[:3], seconds)
+        head = b"%b%b\r\nX-Request-Id: %b" % (
+            head,
+            self.head_lines,
+            self._given_id or b"%b%x" % (_ID_PREFIX, self.token),
+        )
         if self.is_head and body is not None:
             # A body would be taken for the beginning of the next answer.
             head, body = head + b"\r\nContent-Length: %d" % len(body), None
@@ -233,15 +258,17 @@ class Request:
 
     def problem(self, problem: Problem) -> bool:
         """Answer with a problem document."""
+        if not self.done:
+            self._answers.problems[problem.kind] += 1
         fields = "".join(f"\r\n{name}: {value}" for name, value in problem.headers)
         head = f"{problem.status} {problem.title}{fields}".encode()
         return self.answer(head, problem.body(), PROBLEM_JSON, close=problem.close)
 
     def fail(self, error: BaseException) -> bool:
-        """Answer a fault of ours: 500 with an id that the log repeats."""
-        fault = secrets.token_hex(8)
-        _log.error("request failed, fault %s", fault, exc_info=error)
-        return self.problem(Problem(500, f"an internal error, logged as {fault}"))
+        """Answer a fault of ours: 500, and the log has the rest under the request's id."""
+        name = self.id.decode()
+        _log.error("request %s failed", name, exc_info=error, extra={"request_id": name})
+        return self.problem(Problem(500, f"an internal error, logged as request {name}"))
 
     def guard(self, handler: Handler) -> None:
         """Run `handler`; whatever it raises becomes the answer."""
@@ -260,8 +287,20 @@ class Request:
         # Held before anything is answered: uWebSockets takes an answer that it cannot write for none, and ends the
         # process unless somebody waits for the abort.
         self._server.hold(self)
+        if given := self.header(b"x-request-id"):
+            self._given_id = given if _GOOD_ID.fullmatch(given) else b""
         self.guard(handler)
         self._req = None
+
+    def _log_slow(self, status: bytes, seconds: float) -> None:
+        if not _slow.admits():
+            return
+        name, parts = self.id.decode(), f" ({self.parts})" if self.parts else ""
+        more = f"; and {others} others that are not logged" if (others := _slow.left_out()) else ""
+        _log.warning(
+            "request %s took %d ms%s until it was answered with %s%s",
+            name, 1000 * seconds, parts, status.decode(), more, extra={"request_id": name},
+        )  # fmt: skip
 
     def _receive(self, chunk: bytes, last: bool) -> None:
         if last and not self._received and len(chunk) <= self._limit:  # as nearly always: all of it at once
@@ -364,6 +403,10 @@ class Server:
         self.sockets: dict[int, Socket] = {}
         self.draining = False
         self.head_lines = b""
+        self.slow_s = math.inf
+        """An answer that took longer than this is logged."""
+        self.answers: dict[str, Answers] = {}
+        """What was answered, by route."""
         self._request_timeout_s = request_timeout_s
         self._body_timeout_s = body_timeout_s
         self._states: dict[int, Any] = {}
@@ -382,13 +425,18 @@ class Server:
         methods = {"GET": lib.uws_app_get, "POST": lib.uws_app_post, "HEAD": lib.uws_app_head}
         for method, handler in handlers.items():
             register = lib.uws_app_any if method == "*" else methods[method]
-            register(SSL, self._app, path.encode(), self._method_callback(method, handler), ffi.NULL)
+            callback = self._method_callback(method, handler, self._answers_of(path))
+            register(SSL, self._app, path.encode(), callback, ffi.NULL)
 
-    def _method_callback(self, method: str, handler: Handler) -> Any:
+    def _answers_of(self, path: str) -> Answers:
+        # What clients ask for is not ours to bound: all that is no route counts as one.
+        return self.answers.setdefault("other" if path == "/*" else path, Answers())
+
+    def _method_callback(self, method: str, handler: Handler, answers: Answers) -> Any:
         may_be_head = method in ("HEAD", "*")
 
         def call(res: Any, req: Any, _user_data: Any) -> None:
-            request = Request(self, res, req)
+            request = Request(self, res, req, answers)
             if may_be_head:
                 request.is_head = request.method == "HEAD"
             request._begin(handler)
@@ -441,6 +489,8 @@ class Server:
         """
         assert idle_timeout_s == 0 or 8 <= idle_timeout_s <= 960, "expected idle_timeout_s 0 or 8 to 960"
 
+        answers = self._answers_of(path)
+
         def accept_and_upgrade(context: Any) -> Handler:
             def handle(request: Request) -> None:
                 if self._listening is None:  # it would never be told to go
@@ -450,7 +500,7 @@ class Server:
             return handle
 
         def upgrade(res: Any, req: Any, context: Any, _user_data: Any) -> None:
-            Request(self, res, req)._begin(accept_and_upgrade(context))
+            Request(self, res, req, answers)._begin(accept_and_upgrade(context))
 
         def opened(ws: Any, _user_data: Any) -> None:
             token = _token(lib.uws_ws_get_user_data(SSL, ws))
@@ -491,6 +541,7 @@ class Server:
         key = request.header(b"sec-websocket-key")
         protocol = request.header(b"sec-websocket-protocol")
         request.done = True
+        request._answers.by_status[b"101"] += 1
         self.pending.pop(request.token, None)
         self._connections.discard(_token(request._res))
         user_data = _user_data(token)

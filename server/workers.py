@@ -58,13 +58,20 @@ def run(settings: Settings, grace_s: float) -> int:
     """
     with hold_port(settings.host, settings.port) as holder:
         port = holder.getsockname()[1]
-        env = {**os.environ, "PORT": str(port)}
         argv = [sys.executable, "-m", "server", "serve", WORKER]
         names = [f"worker {number}" for number in range(1, settings.workers + 1)]
         # Workers of a parent that was killed end as if it had told them to.
-        workers = [Child(name, argv, env, orphan_signal=signal.SIGTERM) for name in names]
+        workers = [
+            Child(name, argv, _environment(settings, port, index), orphan_signal=signal.SIGTERM)
+            for index, name in enumerate(names)
+        ]
         _log.info("%d workers share port %d", len(workers), port)
         return _run(workers, grace_s + settings.drain_delay_ms / 1000)
+
+
+def _environment(settings: Settings, port: int, index: int) -> dict[str, str]:
+    metrics_port = settings.metrics_port and settings.metrics_port + index
+    return {**os.environ, "PORT": str(port), "METRICS_PORT": str(metrics_port)}
 
 
 def _run(workers: Sequence[Child], grace_s: float) -> int:

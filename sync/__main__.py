@@ -19,6 +19,7 @@ import psycopg
 import redis
 from confluent_kafka import KafkaException
 
+from server import logs
 from server.config import Settings, load
 from server.errors import ScoreboardError
 from server.supervisor import Child, Supervisor
@@ -34,12 +35,13 @@ _log = logging.getLogger("sync")
 
 def main(argv: list[str]) -> int:
     """Run the part that is named, or both; returns the exit status."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure()
     if argv not in ([], *([name] for name in _PARTS)):
         print(f"{USAGE}, got: {' '.join(argv)}", file=sys.stderr)
         return 2
     try:
         settings = load()
+        logs.configure(settings.log_format, settings.log_level)
         if not argv:
             return _run_both()
         _run_one(_PARTS[argv[0]], settings)

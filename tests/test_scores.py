@@ -183,7 +183,7 @@ def test_requests_of_one_turn_form_one_batch(play: Callable[..., None]) -> None:
         await bench.ready()
         requests = [bench.submit("ann", 1) for _ in range(20)]
         assert [await request.answer for request in requests] == [(Outcome.APPLIED, n) for n in range(1, 21)]
-        assert bench.scores.batches == 1
+        assert bench.scores.figures.batch_updates.count == 1
 
     play(scenario)
 
@@ -193,7 +193,7 @@ def test_more_than_a_batch_holds_goes_in_several(play: Callable[..., None]) -> N
         await bench.ready()
         requests = [bench.submit(f"p{number}", number) for number in range(1200)]
         assert [await request.answer for request in requests] == [(Outcome.APPLIED, n) for n in range(1200)]
-        assert bench.scores.batches == 3
+        assert bench.scores.figures.batch_updates.count == 3
 
     play(scenario)
 

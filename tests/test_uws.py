@@ -191,7 +191,7 @@ def test_handler_that_raises_answers_500_with_an_id_that_the_log_repeats(app: Uw
     with Wire(app.port) as wire:
         answer = wire.request("GET", path) if path == "/raise" else wire.request("POST", path, b"x")
         assert_problem(answer, 500, "internal-error")
-        fault = re.search("logged as ([0-9a-f]{16})", answer.json()["detail"])
+        fault = re.search("logged as request ([0-9a-f-]+)", answer.json()["detail"])
         assert fault
         assert f"fault {fault[1]}" in app.output
         assert "a handler raises" not in answer.body.decode()
