@@ -193,7 +193,7 @@ def test_handler_that_raises_answers_500_with_an_id_that_the_log_repeats(app: Uw
         assert_problem(answer, 500, "internal-error")
         fault = re.search("logged as request ([0-9a-f-]+)", answer.json()["detail"])
         assert fault
-        assert f"fault {fault[1]}" in app.output
+        assert f"request {fault[1]} failed" in app.output
         assert "a handler raises" not in answer.body.decode()
         assert wire.request("GET", "/state").status == 200
 
