@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import math
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
@@ -42,27 +42,27 @@ BATCH_BOUNDS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 class Histogram:
     """How often a value fell into each bucket; the bounds are inclusive, as Prometheus has them."""
 
-    __slots__ = ("_bounds", "_counts", "sum")
+    __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
         """Count one value."""
-        self._counts[bisect_left(self._bounds, value)] += 1
+        self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
     @property
     def count(self) -> int:
         """How many values there were."""
-        return sum(self._counts)
+        return sum(self.counts)
 
     @property
     def buckets(self) -> list[tuple[str, float]]:
         """(inclusive upper bound, how many were at most that), the last bound being infinite."""
-        pairs = zip((*self._bounds, math.inf), itertools.accumulate(self._counts), strict=True)
+        pairs = zip((*self.bounds, math.inf), itertools.accumulate(self.counts), strict=True)
         return [(str(bound) if bound < math.inf else "+Inf", count) for bound, count in pairs]
 
 
@@ -83,9 +83,11 @@ class RedisFigures:
 class Answers:
     """What was answered on one route, and how long that took from the moment the request was complete."""
 
-    __slots__ = ("by_status", "problems", "seconds")
+    __slots__ = ("by_status", "ok", "problems", "seconds")
 
     def __init__(self) -> None:
+        self.ok = 0
+        """Those with status 200 and no header lines: nearly all."""
         self.by_status: defaultdict[bytes, int] = defaultdict(int)
         self.problems: defaultdict[str, int] = defaultdict(int)
         """By the last part of their type."""
@@ -115,7 +117,9 @@ def answers(by_route: Iterable[tuple[str, Answers]]) -> Iterator[Metric]:
         "scoreboard_http_request_duration_seconds", "From the complete request to its answer.", labels=("route",)
     )
     for route, each in by_route:
-        for status, count in list(each.by_status.items()):
+        by_status = Counter({b"200": each.ok})
+        by_status.update(each.by_status)
+        for status, count in by_status.items():
             requests.add_metric((route, status.decode()), count)
         for kind, count in list(each.problems.items()):
             problems.add_metric((route, kind), count)

@@ -30,7 +30,7 @@ from server.openapi import MAX_IDEMPOTENCY_KEY, OPENAPI_PATH, document
 from server.pages import page_json
 from server.scores import Scores
 from server.shards import Shards
-from server.uws import JSON, Handler, Request, Server
+from server.uws import JSON, OK, Handler, Request, Server
 from server.web_files import WEB, WebFile, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
@@ -39,7 +39,6 @@ LONGEST_QUERY: Final = 128
 """Longest query to remember, in characters: any that is asked for in earnest is shorter."""
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
-_OK: Final = b"200 OK"
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
 _FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
 _EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
@@ -124,7 +123,7 @@ class Routes:
     def on_outcome(self, request: Request, outcome: int, value: int) -> None:
         """Scores: an update was decided."""
         if outcome == Outcome.APPLIED:
-            request.answer(_OK, _encode(Result(request.context, value)))
+            request.answer(OK, _encode(Result(request.context, value)))
         elif outcome == Outcome.REPLAYED:
             request.answer(_REPLAYED, _encode(Result(request.context, value)))
         elif outcome == Outcome.LIMITED:
@@ -161,7 +160,7 @@ class Routes:
         if page is None:
             self._spawn(self._leaderboard_from_database(request))
             return
-        request.answer(_OK, page)
+        request.answer(OK, page)
 
     async def _leaderboard_from_database(self, request: Request) -> None:
         board, limit = request.context
@@ -175,7 +174,7 @@ class Routes:
 
     def healthz(self, request: Request) -> None:
         """GET /healthz: the process is alive."""
-        request.answer(_OK, b'{"alive":true}')
+        request.answer(OK, b'{"alive":true}')
 
     def readyz(self, request: Request) -> None:
         """GET /readyz: what works; 503 while draining or when boards cannot even be read."""
@@ -196,12 +195,12 @@ class Routes:
         ready = read["ok"] and not self._server.draining
         body = {"ready": ready, "draining": self._server.draining, "read": read, "write": write}
         body["live"] = {"ok": live.is_live}
-        head = _OK if ready else b"503 Service Unavailable\r\nRetry-After: 1"
+        head = OK if ready else b"503 Service Unavailable\r\nRetry-After: 1"
         request.answer(head, _encode(body))
 
     def show_metrics(self, request: Request) -> None:
         """GET /metrics"""
-        request.answer(_OK, self._metrics.text(), CONTENT_TYPE)
+        request.answer(OK, self._metrics.text(), CONTENT_TYPE)
 
     def unknown(self, request: Request) -> None:
         """Any other path."""

@@ -29,14 +29,15 @@ import socket
 import struct
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol, cast
 
 import _cffi_backend
 import uvloop.loop
 
 from server.errors import CloseCode, Problem, UwsError
-from server.instruments import Answers
+from server.instruments import LATENCY_BOUNDS_S, Answers
 from server.logs import Sparing
 
 if sys.platform != "linux":
@@ -56,6 +57,7 @@ _slow = Sparing()
 
 SSL: Final = 0
 TEXT: Final = 1
+OK: Final = b"200 OK"
 JSON: Final = b"application/json"
 PROBLEM_JSON: Final = b"application/problem+json"
 
@@ -114,7 +116,10 @@ class SendStatus(enum.IntEnum):
 
 # Straight to the backend: ffi.cast and ffi.unpack look their types up in Python at each call.
 _cast: Final = _cffi_backend.cast
-_buffer: Final = ffi.buffer
+_unpack: Final = _cffi_backend.unpack
+_get_header: Final = lib.uws_req_get_header
+_send: Final = lib.socketify_res_cork_send
+_now_s: Final = time.monotonic
 _VOID_POINTER: Final = ffi.typeof("void *")
 _UINTPTR: Final = ffi.typeof("uintptr_t")
 _view_pointer: Final = ffi.new("const char **")  # one is enough: it is read before the next call
@@ -135,7 +140,7 @@ def _view(getter: Callable[..., int], *arguments: Any) -> bytes:
 
 
 def _copy(pointer: Any, length: int) -> bytes:
-    return bytes(_buffer(pointer, length)) if length else b""
+    return cast(bytes, _unpack(pointer, length)) if length else b""
 
 
 def _report(exception: type[BaseException], value: BaseException, traceback: Any) -> None:
@@ -151,9 +156,12 @@ class Request:
     """
 
     __slots__ = (
-        "_answers", "_given_id", "_limit", "_on_body", "_received", "_req", "_res", "_server",
+        "_answers", "_given_id", "_limit", "_on_body", "_received", "_req", "_res", "_server", "_user_data",
         "body", "context", "done", "head_lines", "is_head", "parts", "received_s", "token",
     )  # fmt: skip
+
+    parts: str
+    """Where its time went, for the log; there only if it took long."""
 
     def __init__(self, server: Server, res: Any, req: Any, answers: Answers) -> None:
         self._server = server
@@ -163,7 +171,6 @@ class Request:
         self._on_body: Handler | None = None
         self._limit = 0
         self._received = 0
-        self._given_id = b""
         self.token = 0
         self.body = b""
         self.context: Any = None
@@ -173,15 +180,14 @@ class Request:
         """Whether the method is HEAD: every answer then goes without its body."""
         self.head_lines = server.head_lines
         """Header lines, each after a CRLF, that go with whatever is answered (CORS)."""
-        self.received_s = time.monotonic()
+        self.received_s = _now_s()
         """When the request was complete, on the monotonic clock."""
-        self.parts = ""
-        """Where its time went, for the log, if it took long."""
 
     def header(self, name: bytes) -> bytes:
         """The value of the header `name` (lower case), b"" when absent. Only inside the handler."""
         assert self._req is not None, "headers are gone once the handler has returned"
-        return _view(lib.uws_req_get_header, self._req, name, len(name))
+        length = _get_header(self._req, name, len(name), _view_pointer)
+        return cast(bytes, _unpack(_view_pointer[0], length)) if length else b""
 
     def joined_header(self, name: bytes) -> bytes:
         """The values of all headers `name`, in order, with commas between (RFC 9110, 5.3). Only inside the handler."""
@@ -216,7 +222,7 @@ class Request:
         """Call `on_body` when all of `body` is there; answers 413 above `limit` bytes and 408 when too slow."""
         self._limit = limit
         self._on_body = on_body
-        lib.uws_res_on_data(SSL, self._res, _on_data, _user_data(self.token))
+        lib.uws_res_on_data(SSL, self._res, _on_data, self._user_data)
 
     @property
     def awaits_body(self) -> bool:
@@ -234,9 +240,15 @@ class Request:
         self.done = True
         server, answers = self._server, self._answers
         server.pending.pop(self.token, None)
-        answers.by_status[head[:3]] += 1
-        seconds = time.monotonic() - self.received_s
-        answers.seconds.observe(seconds)
+        seconds = _now_s() - self.received_s
+        # What `Histogram.observe` does, without the call: this is done for each answer there is.
+        histogram = answers.seconds
+        histogram.counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
+        histogram.sum += seconds
+        if head is OK:
+            answers.ok += 1
+        else:
+            answers.by_status[head[:3]] += 1
         if seconds > server.slow_s:
             self._log_slow(head[:3], seconds)
         head = b"%b%b\r\nX-Request-Id: %b" % (
@@ -248,9 +260,7 @@ class Request:
             # A body would be taken for the beginning of the next answer.
             head, body = head + b"\r\nContent-Length: %d" % len(body), None
         data, length = (ffi.NULL, 0) if body is None else (body, len(body))
-        lib.socketify_res_cork_send(
-            SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining
-        )
+        _send(SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining)
         if self._req is not None and not lib.uws_res_has_responded(SSL, self._res):
             # Behind other answers that its client has not taken, this one was dropped, whole or in part.
             lib.uws_res_close(SSL, self._res)
@@ -287,15 +297,16 @@ class Request:
         # Held before anything is answered: uWebSockets takes an answer that it cannot write for none, and ends the
         # process unless somebody waits for the abort.
         self._server.hold(self)
-        if given := self.header(b"x-request-id"):
-            self._given_id = given if _GOOD_ID.fullmatch(given) else b""
+        given = self.header(b"x-request-id")
+        self._given_id = given if given and _GOOD_ID.fullmatch(given) else b""
         self.guard(handler)
         self._req = None
 
     def _log_slow(self, status: bytes, seconds: float) -> None:
         if not _slow.admits():
             return
-        name, parts = self.id.decode(), f" ({self.parts})" if self.parts else ""
+        name, parts = self.id.decode(), getattr(self, "parts", "")
+        parts = f" ({parts})" if parts else ""
         more = f"; and {others} others that are not logged" if (others := _slow.left_out()) else ""
         _log.warning(
             "request %s took %d ms%s until it was answered with %s%s",
@@ -459,7 +470,8 @@ class Server:
         """Keep a request until it is answered or aborted."""
         request.token = token = next(_tokens)
         self.pending[token] = request
-        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, _user_data(token))
+        request._user_data = user_data = _user_data(token)
+        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, user_data)
 
     def _sweep(self) -> None:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
