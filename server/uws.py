@@ -160,6 +160,7 @@ class Request:
         "body", "context", "done", "head_lines", "is_head", "parts", "received_s", "token",
     )  # fmt: skip
 
+    _user_data: Any
     parts: str
     """Where its time went, for the log; there only if it took long."""
 
