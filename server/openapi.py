@@ -52,7 +52,7 @@ _HEADERS: Final[dict[str, Json]] = {
     "WWW-Authenticate": {"description": "What token is expected (RFC 6750).", **_TEXT},
     "X-Request-Id": {"description": "What the log calls this request.", **_TEXT},
 }
-_NOT_ALWAYS: Final = ("Idempotent-Replayed", "Scoreboard-Source", "X-Request-Id", "RateLimit", "RateLimit-Policy")
+_NOT_ALWAYS: Final = ("Idempotent-Replayed", "Scoreboard-Source", "RateLimit", "RateLimit-Policy")
 
 
 def document(boards: Sequence[str], files: Mapping[str, str]) -> bytes:
