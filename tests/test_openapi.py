@@ -82,7 +82,8 @@ def test_schemathesis_finds_nothing_undocumented(server: ServerProcess, tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     operations = re.search(r"Selected: (\d+)/\d+\s+Tested: (\d+)", done.stdout)
-    assert operations and operations[1] == operations[2] != "0", done.stdout
+    assert operations, done.stdout
+    assert operations[1] == operations[2] != "0", done.stdout
     assert server.running
 
 
