@@ -30,6 +30,7 @@ import struct
 import sys
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final, NoReturn, Protocol, cast
 
@@ -87,6 +88,10 @@ BODY_TIMEOUT_S: Final = 10.0
 """Longest a body may take to arrive; uWebSockets itself bounds only the pauses in it."""
 
 SWEEP_INTERVAL_S: Final = 0.25
+HEADERS_WITHIN_S: Final = 7.5
+"""How long a new connection may take to send its first request. uSockets would close it after 8 to 12 s, unless a byte
+comes now and then; it looks once in 4 s, so thousands would be closed, and be back, at the same moment."""
+
 HANDSHAKE_S: Final = 0.05
 """How long the port takes no new connection before it closes: those that are being made come through meanwhile."""
 
@@ -121,6 +126,7 @@ _get_header: Final = lib.uws_req_get_header
 _send: Final = lib.socketify_res_cork_send
 _now_s: Final = time.monotonic
 _VOID_POINTER: Final = ffi.typeof("void *")
+_RESPONSE: Final = ffi.typeof("uws_res_t *")
 _UINTPTR: Final = ffi.typeof("uintptr_t")
 _view_pointer: Final = ffi.new("const char **")  # one is enough: it is read before the next call
 
@@ -260,6 +266,8 @@ class Request:
         if self.is_head and body is not None:
             # A body would be taken for the beginning of the next answer.
             head, body = head + b"\r\nContent-Length: %d" % len(body), None
+        if body is None:
+            server.note_answer(self._res)
         data, length = (ffi.NULL, 0) if body is None else (body, len(body))
         _send(SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining)
         if self._req is not None and not lib.uws_res_has_responded(SSL, self._res):
@@ -409,7 +417,12 @@ class Server:
     There is one per process, since uWebSockets keeps one loop per thread.
     """
 
-    def __init__(self, request_timeout_s: float = 5.0, body_timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        request_timeout_s: float = 5.0,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+        headers_within_s: float = HEADERS_WITHIN_S,
+    ) -> None:
         """`request_timeout_s` is the last resort for requests that nobody answers."""
         self.pending: dict[int, Request] = {}
         self.sockets: dict[int, Socket] = {}
@@ -421,10 +434,12 @@ class Server:
         """What was answered, by route."""
         self._request_timeout_s = request_timeout_s
         self._body_timeout_s = body_timeout_s
+        self._headers_within_s = headers_within_s
         self._states: dict[int, Any] = {}
         self._callbacks: list[Any] = []
         self._listening: Any = None
-        self._connections: set[int] = set()
+        self._connections: dict[int, float] = {}
+        self._new: deque[tuple[int, float]] = deque()
         options = ffi.new("struct us_socket_context_options_t *")
         self._app = lib.uws_create_app(SSL, options[0])
         on_connection = self._keep("void(uws_res_t*, int, void*)", self._count_connection)
@@ -462,10 +477,30 @@ class Server:
 
     def _count_connection(self, res: Any, change: int, _user_data: Any) -> None:
         """An HTTP connection was opened (1) or closed (-1); one that becomes a WebSocket leaves in `_upgrade`."""
+        token = _token(res)
         if change > 0:
-            self._connections.add(_token(res))
+            self._connections[token] = now_s = _now_s()
+            self._new.append((token, now_s))
         else:
-            self._connections.discard(_token(res))
+            self._connections.pop(token, None)
+
+    def _close_silent(self, opened_before_s: float) -> None:
+        """Close the connections that have not brought a request since they were opened, before that moment."""
+        busy: set[int] | None = None
+        while self._new and self._new[0][1] < opened_before_s:
+            token, opened_s = self._new.popleft()
+            res = _cast(_RESPONSE, token)
+            # An answer leaves its length there, one without a body the mark of `note_answer`.
+            if self._connections.get(token) != opened_s or lib.uws_res_get_write_offset(SSL, res):
+                continue
+            if busy is None:
+                busy = {_token(request._res) for request in self.pending.values()}
+            if token not in busy:
+                lib.uws_res_close(SSL, res)
+
+    def note_answer(self, res: Any) -> None:
+        """Remember that a connection had an answer, where that has no body to tell."""
+        self._connections[_token(res)] = 0.0
 
     def hold(self, request: Request) -> None:
         """Keep a request until it is answered or aborted."""
@@ -477,6 +512,7 @@ class Server:
     def _sweep(self) -> None:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
         now_s = time.monotonic()
+        self._close_silent(now_s - self._headers_within_s)
         for request in list(self.pending.values()):
             waited_s = now_s - request.received_s
             if request.awaits_body and waited_s > self._body_timeout_s:
@@ -556,7 +592,7 @@ class Server:
         request.done = True
         request._answers.by_status[b"101"] += 1
         self.pending.pop(request.token, None)
-        self._connections.discard(_token(request._res))
+        self._connections.pop(_token(request._res), None)
         user_data = _user_data(token)
         # No extensions are offered: compressing each frame for each socket would cost more than it saves.
         lib.uws_res_upgrade(SSL, request._res, user_data, key, len(key), protocol, len(protocol), b"", 0, context)

@@ -6,6 +6,7 @@ process, still answering, with nothing left over.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -227,6 +228,24 @@ def test_answer_to_a_client_that_left_goes_nowhere(app: UwsApp) -> None:
         wire.reset() if number % 2 else wire.close()
     wait_until(lambda: app.state()["pending"] == 0)
     assert once(app.port, "GET", "/later?0.3").status == 200  # by now the late answers have come and gone
+
+
+def test_connection_without_a_whole_request_is_closed_and_any_other_is_not(new_app: Callable[..., UwsApp]) -> None:
+    app = new_app("patient")
+    with contextlib.ExitStack() as stack:
+        silent, slow, working, *answered = [stack.enter_context(Wire(app.port)) for _ in range(7)]
+        slow.send(b"GET /state HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        working.send(request_bytes("GET", "/later?3"))
+        requests = [("GET", "/state"), ("HEAD", "/state"), ("GET", "/without-body"), ("GET", "/problem")]
+        for wire, (method, path) in zip(answered, requests, strict=True):
+            wire.send(request_bytes(method, path))
+            wire.answer(has_body=method == "GET" and path != "/without-body")
+        while slow.is_silent(0.2):
+            slow.send(b"x")
+        assert silent.ended
+        assert working.answer().body == b'"late"'
+        for wire in (working, *answered):
+            assert wire.request("GET", "/state").status == 200
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"])

@@ -1,6 +1,7 @@
 """A server with a route for every way to hurt server.uws; tests/test_uws.py runs it as a child process.
 
-`python -m tests.uws_app PORT [gc]`; with `gc` the collector is forced every 20 ms.
+`python -m tests.uws_app PORT [gc] [patient]`; with `gc` the collector is forced every 20 ms. A patient one gives a
+connection 1 s for its first request, and itself 5 s to answer; others do the opposite.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from server.uws import Request, Server, Socket
 MAX_BODY_BYTES = 16_384
 MAX_BACKPRESSURE_BYTES = 1 << 20
 TIMEOUT_S = 1.0
+PATIENCE_S = 5.0
 GC_INTERVAL_S = 0.02
 GRACE_S = 5.0
 TOPIC = b"all"
@@ -80,9 +82,10 @@ class Events:
         self.seen["after_close"].append([connection.send(b"late").name, connection.buffered_bytes])
 
 
-async def serve(port: int, force_gc: bool) -> int:
+async def serve(port: int, options: list[str]) -> int:
     """Run until SIGTERM."""
-    server = Server(request_timeout_s=TIMEOUT_S, body_timeout_s=TIMEOUT_S)
+    request_s, headers_s = (PATIENCE_S, TIMEOUT_S) if "patient" in options else (TIMEOUT_S, PATIENCE_S)
+    server = Server(request_timeout_s=request_s, body_timeout_s=TIMEOUT_S, headers_within_s=headers_s)
     events = Events(server)
     loop = asyncio.get_running_loop()
     held: list[Request] = []
@@ -115,6 +118,9 @@ async def serve(port: int, force_gc: bool) -> int:
         for _ in range(2):
             loop.call_later(float(request.query), request.answer, b"200 OK", b'"late"')
 
+    def without_body(request: Request) -> None:
+        request.answer(b"204 No Content", None, b"")
+
     def never(request: Request) -> None:
         held.append(request)
 
@@ -143,6 +149,7 @@ async def serve(port: int, force_gc: bool) -> int:
         ("/later", later),
         ("/later-twice", later_twice),
         ("/never", never),
+        ("/without-body", without_body),
         ("/said", said),
         ("/state", state),
     ):
@@ -158,7 +165,7 @@ async def serve(port: int, force_gc: bool) -> int:
     )
     server.route("/*", {"*": unknown})
     server.listen("127.0.0.1", port)
-    if force_gc:
+    if "gc" in options:
         gc.set_threshold(100)
 
         def collect() -> None:
@@ -173,4 +180,4 @@ async def serve(port: int, force_gc: bool) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
-    uws.run(serve(int(sys.argv[1]), "gc" in sys.argv))
+    uws.run(serve(int(sys.argv[1]), sys.argv[2:]))
