@@ -210,4 +210,4 @@ def serve(**settings: str) -> tuple[int, str]:
     argv = [sys.executable, "-m", "server", "serve"]
     env = environment({"HOST": ADDRESS, **settings})
     done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    return done.returncode, "\n".join(line for line in done.stderr.splitlines() if not line.startswith("20"))
+    return done.returncode, "\n".join(line for line in done.stderr.splitlines() if not line.startswith("{"))

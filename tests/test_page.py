@@ -152,8 +152,8 @@ def test_page_that_the_browser_does_not_have_is_200(page_server: ServerProcess) 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 def test_head_is_the_head_of_get(page_server: ServerProcess, encoding: str) -> None:
     with Wire(page_server.port) as wire:
-        got = wire.request("GET", "/", Accept_Encoding=encoding)
-        head = wire.request("HEAD", "/", Accept_Encoding=encoding)
+        got = wire.request("GET", "/", Accept_Encoding=encoding, X_Request_Id="one")
+        head = wire.request("HEAD", "/", Accept_Encoding=encoding, X_Request_Id="one")
         assert (head.status, head.body) == (200, b"")
         assert head.headers["content-length"] == str(len(got.body))
         assert {**head.headers, "date": ""} == {**got.headers, "date": ""}

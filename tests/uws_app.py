@@ -1,7 +1,7 @@
 """A server with a route for every way to hurt server.uws; tests/test_uws.py runs it as a child process.
 
 `python -m tests.uws_app PORT [gc] [patient]`; with `gc` the collector is forced every 20 ms. A patient one gives a
-connection 1 s for its first request, and itself 5 s to answer; others do the opposite.
+connection 2 s for its first request, and itself 5 s to answer; others do the opposite.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from server.uws import Request, Server, Socket
 
 MAX_BODY_BYTES = 16_384
 MAX_BACKPRESSURE_BYTES = 1 << 20
-TIMEOUT_S = 1.0
+TIMEOUT_S = 2.0
 PATIENCE_S = 5.0
 GC_INTERVAL_S = 0.02
 GRACE_S = 5.0
