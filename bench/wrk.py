@@ -17,8 +17,8 @@ _DONE = """
 done = function(summary, latency, requests)
   local errors = summary.errors
   print(string.format(
-    '{"requests": %d, "duration_us": %d, "p50_us": %d, "p99_us": %d, "failed": %d, "refused": %d}',
-    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+    '{"requests": %d, "duration_us": %d, "p50_us": %d, "p99_us": %d, "p999_us": %d, "failed": %d, "refused": %d}',
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99), latency:percentile(99.9),
     errors.connect + errors.read + errors.write + errors.timeout, errors.status))
 end
 """
@@ -54,6 +54,7 @@ class Load(NamedTuple):
     duration_us: int
     p50_us: int
     p99_us: int
+    p999_us: int
     failed: int
     refused: int
 
