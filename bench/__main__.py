@@ -28,7 +28,7 @@ PLAYERS = [f"player{number}" for number in range(1, 10_001)]
 LIMITS = {"RATE_LIMIT_PER_SECOND": "10", "RATE_LIMIT_BURST": "20"}
 """On for everybody: ten thousand subjects in turn stay below it, so that it costs but does not refuse."""
 
-WARM_UP_S = 4.0
+WARM_UP_S = 4
 
 
 def main() -> int:
@@ -62,7 +62,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the scoreboard beside its peers.")
     parser.add_argument("--quick", action="store_true", help="under two minutes: short runs, 64 connections, no docs")
-    parser.add_argument("--seconds", type=float, help="length of a run (10; quick: 2)")
+    parser.add_argument("--seconds", type=int, help="length of a run (10; quick: 2)")
     parser.add_argument("--rounds", type=int, help="how often everybody has a turn (5; quick: 3)")
     parser.add_argument("--connections", help="how many at once, with commas (64,256; quick: 64)")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and data here")

@@ -7,6 +7,7 @@ reached PostgreSQL too, so that nobody works off a backlog during somebody else'
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -26,6 +27,8 @@ BEHIND_THE_ANSWER: Final = STORES[1:]
 GIVE_UP_AFTER_S: Final = 10.0
 """An event that has not come this long after the one before never will."""
 
+LONGEST_WARM_UP_S: Final = 20
+
 Run = dict[str, Any]
 
 
@@ -35,6 +38,7 @@ class Comparison:
     def __init__(self, stack: Stack, candidates: Sequence[Candidate], players: Sequence[str]) -> None:
         self._stack = stack
         self._candidates = candidates
+        self._players = len(players)
         self._posts, self._gets = wrk.posts(JWT_SECRET, players), wrk.gets()
 
     def check(self) -> None:
@@ -54,15 +58,19 @@ class Comparison:
                     f"{candidate.name}: expected {accepted} events in Kafka, {lost} are missing"
                 )
 
-    def warm_up(self, seconds: float) -> None:
-        """Every candidate once at both endpoints; fills its leaderboard."""
+    def warm_up(self, seconds: int) -> None:
+        """Every candidate at both endpoints, long enough to have met every token; fills its leaderboard."""
         for candidate in self._candidates:
             if not candidate.persister_paused:
                 say(f"warming up {candidate.name}")
-                self._run(candidate, POST, 64, seconds)
-                self._run(candidate, GET, 64, seconds / 2)
+                post = self._run(candidate, POST, 64, seconds)
+                # wrk starts with the first token each time, so one run has to get through all of them.
+                cycle_s = math.ceil(self._players / max(post["rps"], 1))
+                if cycle_s > seconds / 2:
+                    self._run(candidate, POST, 64, min(2 * cycle_s, LONGEST_WARM_UP_S))
+                self._run(candidate, GET, 64, 1)
 
-    def rounds(self, rounds: int, seconds: float, connections: Sequence[int]) -> Iterator[Run]:
+    def rounds(self, rounds: int, seconds: int, connections: Sequence[int]) -> Iterator[Run]:
         """Every candidate once a round, endpoint and number of connections."""
         for number in range(1, rounds + 1):
             for endpoint in (POST, GET):
@@ -72,7 +80,7 @@ class Comparison:
                         if endpoint == POST or not candidate.persister_paused:
                             yield {"round": number} | self._run(candidate, endpoint, count, seconds)
 
-    def _run(self, candidate: Candidate, endpoint: str, connections: int, seconds: float) -> Run:
+    def _run(self, candidate: Candidate, endpoint: str, connections: int, seconds: int) -> Run:
         stack, reads = self._stack, endpoint == GET
         url = candidate.service.url + (GET_PATH if reads else "")
         before = stack.events_in(candidate.topic)

@@ -107,7 +107,11 @@ class Stack:
         """What was measured against."""
         with redis.Redis(self.redis.host, self.redis.port) as client, psycopg.connect(self.postgres.url) as connection:
             postgres = connection.execute("SHOW server_version").fetchone()
-            return {"redis": client.info("server")["redis_version"], "postgresql": postgres[0] if postgres else ""}
+            server = client.info("server")
+            # Valkey calls itself Redis 7.2 too, for clients that ask.
+            valkey = server.get("valkey_version")
+            kind = f"Valkey {valkey}" if valkey else f"Redis {server['redis_version']}"
+            return {"redis": kind, "postgresql": postgres[0] if postgres else ""}
 
     def events_in(self, topic: str) -> int:
         """Records that Kafka has taken."""

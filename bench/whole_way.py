@@ -28,9 +28,9 @@ BEHIND_THE_ANSWER = MEASURED[2:]
 Figures = dict[str, Any]
 
 
-def run_load(stack: Stack, name: str, script: str, connections: int, seconds: float, path: str = "") -> Figures:
+def run_load(stack: Stack, name: str, script: str, connections: int, seconds: int, path: str = "") -> Figures:
     """One run of wrk, until its last event is in the database."""
-    say(f"{name} for {seconds:g} s")
+    say(f"{name} for {seconds} s")
     meter, start_bytes = Meter(stack.measured), stack.server_bytes()
     load = wrk.run(stack.server.url + path, script, connections=connections, seconds=seconds)
     used_us, others_percent = meter.used_us(), meter.others_percent()
@@ -53,7 +53,7 @@ def run_load(stack: Stack, name: str, script: str, connections: int, seconds: fl
     }
 
 
-def run_load_without_persister(stack: Stack, name: str, script: str, connections: int, seconds: float) -> Figures:
+def run_load_without_persister(stack: Stack, name: str, script: str, connections: int, seconds: int) -> Figures:
     """A run during which the persister is paused: what server, Redis, relay and Kafka do by themselves."""
     stack.persister.pause()
     resume = threading.Timer(seconds + 1, stack.persister.resume)
@@ -64,12 +64,12 @@ def run_load_without_persister(stack: Stack, name: str, script: str, connections
         resume.join()
 
 
-def run_latency(stack: Stack, seconds: float) -> Figures:
+def run_latency(stack: Stack, seconds: int) -> Figures:
     """POST → WebSocket at a rate far below what it can take."""
     name = f"POST → WebSocket at {UPDATES_PER_SECOND}/s"
-    say(f"{name} for {seconds:g} s")
+    say(f"{name} for {seconds} s")
     meter, start_bytes = Meter(stack.measured), stack.server_bytes()
-    argv = [sys.executable, "-m", "bench.latency", stack.server.url, f"{seconds:g}"]
+    argv = [sys.executable, "-m", "bench.latency", stack.server.url, f"{seconds}"]
     environ = {**os.environ, "JWT_SECRET": JWT_SECRET}
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, env=environ, cwd=ROOT)
     seen: dict[str, float] = json.loads(done.stdout)
@@ -94,9 +94,9 @@ def run_latency(stack: Stack, seconds: float) -> Figures:
     }
 
 
-def run_idle(stack: Stack, seconds: float) -> dict[str, float]:
+def run_idle(stack: Stack, seconds: int) -> dict[str, float]:
     """The share of a core, in percent, that each process uses with nothing to do."""
-    say(f"idle for {seconds:g} s")
+    say(f"idle for {seconds} s")
     time.sleep(1)
     meter, started_s = Meter(stack.measured), time.monotonic()
     time.sleep(seconds)
@@ -104,7 +104,7 @@ def run_idle(stack: Stack, seconds: float) -> dict[str, float]:
     return {part: 100 * used_us / duration_us for part, used_us in meter.used_us().items()}
 
 
-def measure(stack: Stack, seconds: float, players: Sequence[str]) -> Figures:
+def measure(stack: Stack, seconds: int, players: Sequence[str]) -> Figures:
     """All runs, one after the other, on a Kafka that has been busy before."""
     posts = wrk.posts(JWT_SECRET, players)
     runs = [

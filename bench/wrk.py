@@ -81,11 +81,11 @@ def gets() -> str:
     return _DONE
 
 
-def run(url: str, script: str, *, connections: int, seconds: float) -> Load:
+def run(url: str, script: str, *, connections: int, seconds: int) -> Load:
     """Load `url` with keep-alive connections, from one thread."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "load.lua")
         file.write_text(script)
-        argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "10s", "-s", str(file), url]
+        argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(file), url]
         done = subprocess.run(argv, check=True, capture_output=True, text=True)
     return Load(**json.loads(done.stdout.splitlines()[-1]))

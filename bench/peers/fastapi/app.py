@@ -30,7 +30,7 @@ INTERVAL_US = round(1e6 / RATE) if RATE else 0
 WINDOW_US = INTERVAL_US * int(os.environ.get("RATE_LIMIT_BURST", "20"))
 MAX_SCORE = 2**53 - 1
 MAX_TOKENS = 65_536
-CONNECTIONS = 64
+CONNECTIONS = int(os.environ.get("CONNS", 64))
 """To Redis; more were no faster, and without any limit each waiting request would open one."""
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ apply_update = client.register_script((Path(__file__).parent.parent / "apply_upd
 producer = Producer(
     {
         "bootstrap.servers": os.environ["KAFKA_BROKERS"],
-        "linger.ms": 5,
+        "linger.ms": 10,
         "queue.buffering.max.messages": 1_000_000,
         "delivery.report.only.error": True,
         "on_delivery": _report,

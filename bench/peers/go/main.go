@@ -101,7 +101,8 @@ type entry struct {
 }
 
 type server struct {
-	redis      redis.Cmdable
+	redis      *redis.Client // reads: shared, so too few for pipelines
+	pipeline   *redis.AutoPipeliner
 	script     *redis.Script
 	kafka      *kgo.Client
 	callers    *callers
@@ -150,7 +151,7 @@ func (s *server) updateScore(w http.ResponseWriter, r *http.Request) {
 	}
 	keys := []string{s.prefix + ":limit:" + caller.subject, s.prefix + ":score:" + asked.PlayerID, s.board}
 	ctx := r.Context()
-	result, err := s.script.Run(ctx, s.redis, keys, asked.PlayerID, *asked.ScoreDelta, s.intervalUs, s.windowUs).Int64Slice()
+	result, err := s.script.Run(ctx, s.pipeline, keys, asked.PlayerID, *asked.ScoreDelta, s.intervalUs, s.windowUs).Int64Slice()
 	if err != nil || len(result) != 2 {
 		log.Println("Redis:", err)
 		refuse(w, http.StatusServiceUnavailable, "Redis failed")
@@ -226,16 +227,14 @@ func main() {
 	if err := client.Ping(context.Background()).Err(); err != nil {
 		log.Fatal(err)
 	}
-	var commands redis.Cmdable = client
-	if setting("AUTO_PIPELINE", "1") == "1" {
-		if commands, err = client.AutoPipeline(); err != nil {
-			log.Fatal(err)
-		}
+	pipeline, err := client.AutoPipeline()
+	if err != nil {
+		log.Fatal(err)
 	}
 	kafka, err := kgo.NewClient(
 		kgo.SeedBrokers(strings.Split(setting("KAFKA_BROKERS", "127.0.0.1:9092"), ",")...),
 		kgo.DefaultProduceTopic(setting("KAFKA_TOPIC", "score-updates")),
-		kgo.ProducerLinger(5*time.Millisecond),
+		kgo.ProducerLinger(10*time.Millisecond),
 		kgo.ProducerBatchCompression(kgo.NoCompression()),
 		kgo.MaxBufferedRecords(1_000_000),
 	)
@@ -247,9 +246,10 @@ func main() {
 	}
 	prefix := setting("KEY_PREFIX", "go")
 	s := &server{
-		redis:  commands,
-		script: redis.NewScript(string(lua)),
-		kafka:  kafka,
+		redis:    client,
+		pipeline: pipeline,
+		script:   redis.NewScript(string(lua)),
+		kafka:    kafka,
 		callers: &callers{
 			secret: []byte(os.Getenv("JWT_SECRET")),
 			parser: jwt.NewParser(jwt.WithValidMethods([]string{"HS256"}), jwt.WithExpirationRequired()),

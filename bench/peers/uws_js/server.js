@@ -1,6 +1,7 @@
 // The scoreboard's duty in uWebSockets.js, ioredis and kafkajs. How it is tuned and what it leaves out: ../README.md.
 'use strict'
 
+const crypto = require('node:crypto')
 const fs = require('node:fs')
 const path = require('node:path')
 const Redis = require('ioredis')
@@ -9,13 +10,14 @@ const uws = require('@rjweb/uws')
 const { Kafka, logLevel } = require('kafkajs')
 
 const env = process.env
-const SECRET = env.JWT_SECRET
+// A key and not text: jsonwebtoken would first try, for each token, whether the text is a public key.
+const SECRET = crypto.createSecretKey(Buffer.from(env.JWT_SECRET))
 const PREFIX = env.KEY_PREFIX || 'uws'
 const TOPIC = env.KAFKA_TOPIC
 const RATE = Number(env.RATE_LIMIT_PER_SECOND || 10)
 const INTERVAL_US = RATE ? Math.round(1e6 / RATE) : 0
 const WINDOW_US = INTERVAL_US * Number(env.RATE_LIMIT_BURST || 20)
-const BATCH_MS = 5
+const BATCH_MS = Number(env.BATCH_MS || 10)
 const MAX_TOKENS = 65536
 const MAX_BODY_BYTES = 16384
 const BOARD = `${PREFIX}:leaderboard`
