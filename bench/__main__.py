@@ -19,6 +19,7 @@ from bench.candidates import Candidate, peers
 from bench.compare import Comparison
 from bench.stack import TOPIC, Stack
 from bench.words import commit, machine, say
+from server.embedded import ServiceError
 from tests.services import ROOT, UnavailableError
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -88,9 +89,14 @@ def measure(arguments: argparse.Namespace, directory: Path, cleanup: contextlib.
     say(f"starting Redis, Kafka, PostgreSQL, server and sync, {', '.join(peer.name for peer in others)}")
     stack.start(cleanup)
     stack.create_topics([peer.topic for peer in others])
-    for peer in others:
+    for peer in list(others):
         cleanup.callback(peer.stop)
-        peer.start()
+        try:
+            peer.start()
+        except ServiceError as error:
+            others.remove(peer)
+            left_out[peer.name] = str(error)
+            say(f"{peer.name} is left out: {error}")
     candidates = [
         Candidate(summary.FIRST, stack.server, TOPIC),
         Candidate(summary.SAME_DUTY, stack.server, TOPIC, persister_paused=True),
@@ -98,7 +104,7 @@ def measure(arguments: argparse.Namespace, directory: Path, cleanup: contextlib.
     ]
     comparison = Comparison(stack, candidates, PLAYERS)
     comparison.check()
-    comparison.warm_up(min(WARM_UP_S, arguments.seconds))
+    comparison.warm_up(min(WARM_UP_S, arguments.seconds), 8 if arguments.quick else 20)
     runs = list(comparison.rounds(arguments.rounds, arguments.seconds, arguments.connections))
     lines = summary.summarize(runs)
     return {
@@ -119,10 +125,11 @@ def report(figures: dict[str, Any]) -> str:
     """All of it as Markdown."""
     parts = [
         _where(figures),
-        "Each in turn on the same Redis and the same Kafka, the others idle; medians of the rounds. `scoreboard is` "
-        "says how many times the candidate's requests a second the scoreboard answered (median of the rounds' "
+        "Each in turn on the same Redis and the same Kafka; whoever has no turn runs on, idle. Medians of the rounds. "
+        "`scoreboard / it` is the scoreboard's requests a second divided by the candidate's (median of the rounds' "
         "ratios). CPU is per request: what the candidate's server used, and what the services did meanwhile and until "
-        "the last event had arrived.",
+        "the last event had arrived; `others` is what strangers and the idle used of the machine meanwhile. What each "
+        "leaves out: bench/peers/README.md.",
         *(f"Left out: {name}, because {why}." for name, why in figures["left_out"].items()),
         summary.table(figures["summary"]),
         "**What it was to reach**",

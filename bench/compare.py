@@ -27,8 +27,6 @@ BEHIND_THE_ANSWER: Final = STORES[1:]
 GIVE_UP_AFTER_S: Final = 10.0
 """An event that has not come this long after the one before never will."""
 
-LONGEST_WARM_UP_S: Final = 20
-
 Run = dict[str, Any]
 
 
@@ -58,8 +56,8 @@ class Comparison:
                     f"{candidate.name}: expected {accepted} events in Kafka, {lost} are missing"
                 )
 
-    def warm_up(self, seconds: int) -> None:
-        """Every candidate at both endpoints, long enough to have met every token; fills its leaderboard."""
+    def warm_up(self, seconds: int, longest_s: int) -> None:
+        """Every candidate at both endpoints until it has met every token, if that takes no longer than `longest_s`."""
         for candidate in self._candidates:
             if not candidate.persister_paused:
                 say(f"warming up {candidate.name}")
@@ -67,7 +65,7 @@ class Comparison:
                 # wrk starts with the first token each time, so one run has to get through all of them.
                 cycle_s = math.ceil(self._players / max(post["rps"], 1))
                 if cycle_s > seconds / 2:
-                    self._run(candidate, POST, 64, min(2 * cycle_s, LONGEST_WARM_UP_S))
+                    self._run(candidate, POST, 64, min(2 * cycle_s, longest_s))
                 self._run(candidate, GET, 64, 1)
 
     def rounds(self, rounds: int, seconds: int, connections: Sequence[int]) -> Iterator[Run]:

@@ -20,20 +20,23 @@ class WrongAnswerError(Exception):
     """A candidate does not do its duty; the message says what was expected and what came."""
 
 
+_Answer = tuple[int, Any]
+
+
 class _Client:
     def __init__(self, url: str, secret: str) -> None:
         self._connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
         self._secret = secret.encode()
 
-    def post(self, player: str, delta: int, subject: str | None = None, token: str | None = None) -> tuple[int, Any]:
+    def post(self, player: str, delta: int, subject: str | None = None, token: str | None = None) -> _Answer:
         token = issue(self._secret, subject or player) if token is None else token
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
         return self._ask("POST", "/update-score", json.dumps({"playerId": player, "scoreDelta": delta}), headers)
 
-    def get(self, path: str) -> tuple[int, Any]:
+    def get(self, path: str) -> _Answer:
         return self._ask("GET", path)
 
-    def _ask(self, method: str, path: str, body: str | None = None, headers: dict[str, str] | None = None) -> Any:
+    def _ask(self, method: str, path: str, body: str | None = None, headers: dict[str, str] | None = None) -> _Answer:
         self._connection.request(method, path, body, headers or {})
         answer = self._connection.getresponse()
         text = answer.read()

@@ -11,10 +11,11 @@ COLOURS = ("#0b6e4f", "#6bbf8e", "#f2a541", "#4f86c6", "#9d6cc1")
 
 def draw(lines: Sequence[dict[str, Any]], path: Path, caption: str) -> None:
     """Draw the lines of bench.summary."""
-    import matplotlib  # noqa: PLC0415 (heavy, and needed at the end of a full run only)
+    import matplotlib  # heavy, and needed at the end of a full run only
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot  # noqa: PLC0415
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     endpoints = list(dict.fromkeys(line["endpoint"] for line in lines))
     names = list(dict.fromkeys(line["candidate"] for line in lines))
@@ -24,7 +25,7 @@ def draw(lines: Sequence[dict[str, Any]], path: Path, caption: str) -> None:
         ours = [line for line in lines if line["endpoint"] == endpoint]
         _bars(rates, ours, "rps", colours, f"{endpoint}: requests a second")
         _bars(latencies, ours, "p99_ms", colours, f"{endpoint}: p99 in ms, shorter is better")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
+    handles = [Patch(color=colours[name]) for name in names]
     figure.legend(handles, names, loc="upper center", ncol=len(names), frameon=False)
     figure.text(0.5, 0.01, caption, ha="center", fontsize=7, color="#555555")
     figure.tight_layout(rect=(0, 0.03, 1, 0.95))

@@ -59,6 +59,7 @@ def summarize(runs: Sequence[Run]) -> list[Line]:
             values = [run[name] for run in ours]
             line |= {name: median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
         parts = {name: median(run["cpu_us_by_process"].get(name, 0.0) for run in ours) for name in PROCESSES}
+        line["others_percent"] = median(run["others_percent"] for run in ours)
         line |= {"cpu_us_by_process": parts, "errors": sum(run["errors"] for run in ours)}
         first = {run["round"]: run["rps"] for run in groups.get((endpoint, connections, FIRST), [])}
         ratios = [first[run["round"]] / run["rps"] for run in ours if run["round"] in first and run["rps"]]
@@ -75,9 +76,9 @@ def table(lines: Sequence[Line]) -> str:
         rows = [
             f"**`{endpoint}`, {connections} connections**",
             "",
-            "| candidate | requests/s (min to max) | scoreboard is | p50 ms | p99 ms (min to max) | p99.9 ms "
-            f"| {' | '.join(f'{name} µs' for name in PROCESSES)} | errors |",
-            "|---" + "|--:" * (6 + len(PROCESSES)) + "|",
+            "| candidate | requests/s (min to max) | scoreboard / it | p50 ms | p99 ms (min to max) | p99.9 ms "
+            f"| {' | '.join(f'{name} µs' for name in PROCESSES)} | others | errors |",
+            "|---" + "|--:" * (7 + len(PROCESSES)) + "|",
         ]
         rows += [_row(line) for line in lines if (line["endpoint"], line["connections"]) == (endpoint, connections)]
         tables.append("\n".join(rows))
@@ -89,11 +90,12 @@ def _row(line: Line) -> str:
     cells = [
         line["candidate"],
         f"{line['rps']:,.0f} ({line['rps_min']:,.0f} to {line['rps_max']:,.0f})",
-        "" if is_first or line["ratio"] is None else f"{line['ratio']:.2f} ×",
+        "" if is_first or line["ratio"] is None else f"{line['ratio']:.2f}",
         f"{line['p50_ms']:.1f}",
         f"{line['p99_ms']:.1f} ({line['p99_ms_min']:.1f} to {line['p99_ms_max']:.1f})",
         f"{line['p999_ms']:.1f}",
         *(f"{line['cpu_us_by_process'][name]:.1f}" for name in PROCESSES),
+        f"{line['others_percent']:.0f} %",
         f"{line['errors']:,}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -137,12 +139,12 @@ def targets_table(verdicts: Sequence[Line]) -> str:
         "|---|---|---|--:|--:|---|---|",
     ]
     for verdict in verdicts:
-        got = f"{verdict['ratio']:.2f} ×" + ("" if verdict["reached"] else ", **missed**")
+        got = f"{verdict['ratio']:.2f}" + ("" if verdict["reached"] else ", **missed**")
         cells = [
             verdict["candidate"],
             f"{verdict['endpoint']}, {verdict['connections']}",
             verdict["peer"],
-            f"{verdict['wanted_ratio']:g} ×",
+            f"{verdict['wanted_ratio']:g}",
             got,
             "lower" if verdict["p99_is_lower"] else "**higher**",
             "less" if verdict["cpu_is_lower"] else "**more**",
