@@ -29,7 +29,9 @@ PLAYERS = [f"player{number}" for number in range(1, 10_001)]
 LIMITS = {"RATE_LIMIT_PER_SECOND": "10", "RATE_LIMIT_BURST": "20"}
 """On for everybody: ten thousand subjects in turn stay below it, so that it costs but does not refuse."""
 
-WARM_UP_S = 4
+DISTURBED = (
+    "**Others used much of the machine during some runs (column `others`): trust the ratios little, the rates less.**"
+)
 
 
 def main() -> int:
@@ -104,7 +106,7 @@ def measure(arguments: argparse.Namespace, directory: Path, cleanup: contextlib.
     ]
     comparison = Comparison(stack, candidates, PLAYERS)
     comparison.check()
-    comparison.warm_up(min(WARM_UP_S, arguments.seconds), 8 if arguments.quick else 20)
+    comparison.warm_up(arguments.seconds)
     runs = list(comparison.rounds(arguments.rounds, arguments.seconds, arguments.connections))
     lines = summary.summarize(runs)
     return {
@@ -131,6 +133,7 @@ def report(figures: dict[str, Any]) -> str:
         "the last event had arrived; `others` is what strangers and the idle used of the machine meanwhile. What each "
         "leaves out: bench/peers/README.md.",
         *(f"Left out: {name}, because {why}." for name, why in figures["left_out"].items()),
+        *([DISTURBED] if summary.disturbed(figures["runs"]) else []),
         summary.table(figures["summary"]),
         "**What it was to reach**",
         summary.targets_table(figures["targets"]),

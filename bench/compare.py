@@ -56,16 +56,15 @@ class Comparison:
                     f"{candidate.name}: expected {accepted} events in Kafka, {lost} are missing"
                 )
 
-    def warm_up(self, seconds: int, longest_s: int) -> None:
-        """Every candidate at both endpoints until it has met every token, if that takes no longer than `longest_s`."""
+    def warm_up(self, seconds: int) -> None:
+        """Every candidate at both endpoints, before runs of `seconds`; fills its leaderboard.
+
+        wrk starts with the first token each time, so half as long again has met all tokens that a run will send.
+        """
         for candidate in self._candidates:
             if not candidate.persister_paused:
                 say(f"warming up {candidate.name}")
-                post = self._run(candidate, POST, 64, seconds)
-                # wrk starts with the first token each time, so one run has to get through all of them.
-                cycle_s = math.ceil(self._players / max(post["rps"], 1))
-                if cycle_s > seconds / 2:
-                    self._run(candidate, POST, 64, min(2 * cycle_s, longest_s))
+                self._run(candidate, POST, 64, math.ceil(1.5 * seconds))
                 self._run(candidate, GET, 64, 1)
 
     def rounds(self, rounds: int, seconds: int, connections: Sequence[int]) -> Iterator[Run]:

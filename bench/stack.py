@@ -72,6 +72,8 @@ class Stack:
             stack.callback(service.stop)
             service.start()
         self._wait_until_ready()
+        self._watcher = confluent_kafka.Consumer({"bootstrap.servers": self.kafka.brokers, "group.id": "bench"})
+        stack.callback(self._watcher.close)
 
     def restart_server(self) -> None:
         """A fresh server on the same data."""
@@ -115,13 +117,9 @@ class Stack:
 
     def events_in(self, topic: str) -> int:
         """Records that Kafka has taken."""
-        consumer = confluent_kafka.Consumer({"bootstrap.servers": self.kafka.brokers, "group.id": "bench"})
-        try:
-            partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-            where = [confluent_kafka.TopicPartition(topic, partition) for partition in partitions]
-            return sum(consumer.get_watermark_offsets(each, timeout=10)[1] for each in where)
-        finally:
-            consumer.close()
+        partitions = self._watcher.list_topics(topic, timeout=10).topics[topic].partitions
+        where = [confluent_kafka.TopicPartition(topic, partition) for partition in partitions]
+        return sum(self._watcher.get_watermark_offsets(each, timeout=10)[1] for each in where)
 
     def create_topics(self, names: Sequence[str]) -> None:
         """Topics like the scoreboard's own."""

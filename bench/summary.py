@@ -23,6 +23,9 @@ TARGETS: Final = {
 }
 """How many times a peer's requests a second the scoreboard is to answer."""
 
+DISTURBED_PERCENT: Final = 15.0
+"""Of all cores together. The idle among the candidates and services are counted too, and take 3 to 5."""
+
 Run = Mapping[str, Any]
 Line = dict[str, Any]
 
@@ -41,6 +44,11 @@ def refuse_errors(runs: Iterable[Run]) -> None:
     ]
     if failed:
         raise ErrorsError("\n".join(failed))
+
+
+def disturbed(runs: Iterable[Run]) -> bool:
+    """Whether strangers had so much of the machine during a run that it measured them too."""
+    return any(run["others_percent"] > DISTURBED_PERCENT for run in runs)
 
 
 def summarize(runs: Sequence[Run]) -> list[Line]:

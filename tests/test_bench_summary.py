@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from bench.summary import FIRST, SAME_DUTY, ErrorsError, refuse_errors, summarize, table, targets, targets_table
+from bench.summary import (
+    FIRST,
+    SAME_DUTY,
+    ErrorsError,
+    disturbed,
+    refuse_errors,
+    summarize,
+    table,
+    targets,
+    targets_table,
+)
 
 POST, GET = "POST /update-score", "GET /leaderboard"
 
@@ -85,6 +95,11 @@ def test_run_with_errors_is_refused_by_name() -> None:
         f"Go, {POST}, 64 connections, round 2: 3 errors",
         f"FastAPI, {POST}, 64 connections, round 1: 7 errors, 7 of them lost events",
     ]
+
+
+def test_strangers_on_the_machine_are_told_of() -> None:
+    assert not disturbed([run(FIRST, 1000), run("Go", 900)])
+    assert disturbed([run(FIRST, 1000), run("Go", 900, others_percent=60.0)])
 
 
 def test_verdict_says_what_was_reached_and_what_was_missed() -> None:
