@@ -88,7 +88,7 @@ class Comparison:
             meter = Meter({"server": candidate.service} | {name: stack.measured[name] for name in STORES})
             load = wrk.run(url, self._gets if reads else self._posts, connections=connections, seconds=seconds)
             used_us, others_percent = meter.used_us(), meter.others_percent()
-            lost = 0 if reads else self._events_lost(candidate.topic, before + load.requests)
+            lost = 0 if reads else self._events_lost(candidate.topic, before + load.requests - load.refused)
             if candidate.persister_paused:
                 used_us |= _pick(meter, BEHIND_THE_ANSWER)
         relayed_s, persisted_s = stack.settle()
