@@ -147,7 +147,7 @@ def targets_table(verdicts: Sequence[Line]) -> str:
         "|---|---|---|--:|--:|---|---|",
     ]
     for verdict in verdicts:
-        got = f"{verdict['ratio']:.2f}" + ("" if verdict["reached"] else ", **missed**")
+        got = f"{verdict['ratio']:.3f}" + ("" if verdict["reached"] else ", **missed**")
         cells = [
             verdict["candidate"],
             f"{verdict['endpoint']}, {verdict['connections']}",

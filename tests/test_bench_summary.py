@@ -113,8 +113,8 @@ def test_verdict_says_what_was_reached_and_what_was_missed() -> None:
     assert (reached["candidate"], reached["ratio"], reached["reached"]) == (SAME_DUTY, 1.3, True)
     assert (missed["p99_is_lower"], reached["p99_is_lower"], reached["cpu_is_lower"]) == (False, True, False)
     rows = targets_table([missed, reached]).splitlines()
-    assert rows[2].endswith("| 1.25 | 1.24, **missed** | **higher** | **more** |")
-    assert rows[3].endswith("| 1.25 | 1.30 | lower | **more** |")
+    assert rows[2].endswith("| 1.25 | 1.240, **missed** | **higher** | **more** |")
+    assert rows[3].endswith("| 1.25 | 1.300 | lower | **more** |")
 
 
 def test_peer_that_was_left_out_has_no_verdict() -> None:
