@@ -1,7 +1,7 @@
 # make run    a scoreboard with everything it needs: PORT=8081, DEV_ARGS=--no-demo, any setting by its name
 # make test   the tests: PYTEST_ARGS='-k redis'
 # make check  formatter, linter, types, tests
-# make bench  the scoreboard beside its peers, about half an hour: BENCH_ARGS. Needs Java and Maven, and for two of the
+# make bench  the scoreboard beside its peers, about 20 minutes: BENCH_ARGS. Needs Java and Maven, and for two of the
 #             peers Node.js 20 and Go; writes bench/results.json, docs/bench-results.md and docs/bench.png
 # make bench-quick  the same in two minutes, the setting up not counted; writes bench/results.json
 # make bench-live  the live board with many watchers: CLIENTS=1000 RATE=2000 SECONDS=20 SCORES=all STUCK=500. Its last
