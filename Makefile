@@ -1,14 +1,16 @@
 # make run    a scoreboard with everything it needs: PORT=8081, DEV_ARGS=--no-demo, any setting by its name
 # make test   the tests: PYTEST_ARGS='-k redis'
 # make check  formatter, linter, types, tests
-# make bench  the benchmarks: BENCH_ARGS
+# make bench  the scoreboard beside its peers, about 20 minutes: BENCH_ARGS. Needs Java and Maven, and for two of the
+#             peers Node.js 20 and Go; writes bench/results.json, docs/bench-results.md and docs/bench.png
+# make bench-quick  the same in two minutes, the setting up not counted; writes bench/results.json
 # make bench-live  the live board with many watchers: CLIENTS=1000 RATE=2000 SECONDS=20 SCORES=all STUCK=500. Its last
 #             line is one JSON object; without CLIENTS it prints a table and the last line is a list of such objects
 # make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses|outages
 # make audit  known holes in what is installed (asks PyPI), and docs/licences.md made anew
 # Each sets up .venv first, where needed.
 
-.PHONY: run test check bench bench-live chaos audit setup setup-tests
+.PHONY: run test check bench bench-quick bench-live chaos audit setup setup-tests setup-bench
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
@@ -22,9 +24,11 @@ check: setup-tests
 	.venv/bin/mypy
 	.venv/bin/python -m pytest $(PYTEST_ARGS)
 
-bench:
-	@scripts/setup.sh embedded,test,bench
+bench: setup-bench
 	.venv/bin/python -m bench $(BENCH_ARGS)
+
+bench-quick: setup-bench
+	.venv/bin/python -m bench --quick $(BENCH_ARGS)
 
 bench-live: setup
 	@.venv/bin/python -m bench.live $(if $(CLIENTS),--clients $(CLIENTS)) $(if $(RATE),--rate $(RATE)) \
@@ -44,3 +48,6 @@ setup:
 
 setup-tests:
 	@scripts/setup.sh embedded,test tests
+
+setup-bench:
+	@scripts/setup.sh embedded,test,bench bench

@@ -1,7 +1,6 @@
-"""`make bench`: measure the whole way of a change on this machine, and print a table.
+"""`make bench` and `make bench-quick`: the scoreboard beside its peers, then the whole way of an update.
 
-Runs follow one another, and each starts when all that the last one left has reached the database. The figures are
-this machine's, load generator included: compare them with others from the same machine only.
+The figures are this machine's, load generator included: compare them with others of the same run only.
 """
 
 from __future__ import annotations
@@ -9,219 +8,157 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from bench import wrk
-from bench.latency import UPDATES_PER_SECOND
-from bench.processes import Meter
-from bench.stack import Stack
-from tests.services import JWT_SECRET, ROOT, UnavailableError
+from bench import duty, plot, summary, whole_way, wrk
+from bench.candidates import Candidate, peers
+from bench.compare import Comparison
+from bench.stack import TOPIC, Stack
+from bench.words import commit, machine, say
+from server.embedded import ServiceError
+from tests.services import ROOT, UnavailableError
 
 RESULTS = Path(__file__).with_name("results.json")
-PLAYERS = [f"player{number}" for number in range(1, 1001)]
-MEASURED = ("server", "Redis", "relay", "Kafka", "persister", "PostgreSQL")
-BEHIND_THE_ANSWER = MEASURED[2:]
-"""They work on after the last answer; what they used is read when they are done."""
+TABLE = ROOT / "docs/bench-results.md"
+PLOT = ROOT / "docs/bench.png"
+PLAYERS = [f"player{number}" for number in range(1, 10_001)]
+LIMITS = {"RATE_LIMIT_PER_SECOND": "10", "RATE_LIMIT_BURST": "20"}
+"""On for everybody: ten thousand subjects in turn stay below it, so that it costs but does not refuse."""
 
-Figures = dict[str, Any]
-
-
-def run_load(stack: Stack, name: str, script: str, connections: int, seconds: float, path: str = "") -> Figures:
-    """One run of wrk, until its last event is in the database."""
-    _say(f"{name} for {seconds:g} s")
-    meter, start_bytes = Meter(stack.measured), stack.server_bytes()
-    load = wrk.run(stack.server.url + path, script, connections=connections, seconds=seconds)
-    used_us, others_percent = meter.used_us(), meter.others_percent()
-    owed, end_bytes = stack.outbox_entries(), stack.server_bytes()
-    relayed_s, persisted_s = stack.settle()
-    used_us |= {part: later_us for part, later_us in meter.used_us().items() if part in BEHIND_THE_ANSWER}
-    return {
-        "name": name,
-        "per_second": load.per_second,
-        "p50_ms": load.p50_us / 1000,
-        "p99_ms": load.p99_us / 1000,
-        "errors": load.failed + load.refused,
-        "cpu_us": {part: used_us[part] / load.requests for part in MEASURED},
-        "others_percent": others_percent,
-        "server_start_bytes": start_bytes,
-        "server_end_bytes": end_bytes,
-        "outbox_left_entries": owed,
-        "relayed_after_s": relayed_s,
-        "persisted_after_s": persisted_s,
-    }
-
-
-def run_load_without_persister(stack: Stack, name: str, script: str, connections: int, seconds: float) -> Figures:
-    """A run during which the persister is paused: what server, Redis, relay and Kafka do by themselves."""
-    stack.persister.pause()
-    resume = threading.Timer(seconds + 1, stack.persister.resume)
-    resume.start()
-    try:
-        return run_load(stack, name, script, connections, seconds)
-    finally:
-        resume.join()
-
-
-def run_latency(stack: Stack, seconds: float) -> Figures:
-    """POST → WebSocket at a rate far below what it can take."""
-    name = f"POST → WebSocket at {UPDATES_PER_SECOND}/s"
-    _say(f"{name} for {seconds:g} s")
-    meter, start_bytes = Meter(stack.measured), stack.server_bytes()
-    argv = [sys.executable, "-m", "bench.latency", stack.server.url, f"{seconds:g}"]
-    environ = {**os.environ, "JWT_SECRET": JWT_SECRET}
-    done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, env=environ, cwd=ROOT)
-    seen: dict[str, float] = json.loads(done.stdout)
-    used_us, others_percent = meter.used_us(), meter.others_percent()
-    owed, end_bytes = stack.outbox_entries(), stack.server_bytes()
-    relayed_s, persisted_s = stack.settle()
-    return {
-        "name": name,
-        "per_second": seen["per_second"],
-        "p50_ms": seen["seen_p50_ms"],
-        "p99_ms": seen["seen_p99_ms"],
-        "post_p50_ms": seen["post_p50_ms"],
-        "post_p99_ms": seen["post_p99_ms"],
-        "errors": seen["unseen"],
-        "cpu_us": {part: used_us[part] / seen["updates"] for part in MEASURED},
-        "others_percent": others_percent,
-        "server_start_bytes": start_bytes,
-        "server_end_bytes": end_bytes,
-        "outbox_left_entries": owed,
-        "relayed_after_s": relayed_s,
-        "persisted_after_s": persisted_s,
-    }
-
-
-def run_idle(stack: Stack, seconds: float) -> dict[str, float]:
-    """The share of a core, in percent, that each process uses with nothing to do."""
-    _say(f"idle for {seconds:g} s")
-    time.sleep(1)
-    meter, started_s = Meter(stack.measured), time.monotonic()
-    time.sleep(seconds)
-    duration_us = (time.monotonic() - started_s) * 1e6
-    return {part: 100 * used_us / duration_us for part, used_us in meter.used_us().items()}
-
-
-def measure(stack: Stack, seconds: float) -> Figures:
-    """All runs, one after the other."""
-    fresh_bytes = stack.server_bytes()
-    posts = wrk.posts(JWT_SECRET, PLAYERS)
-    # A Kafka that has just started spends more on compiling itself than on events, for half a minute.
-    run_load(stack, "warm-up", posts, 64, 3 * seconds)
-    runs = [
-        run_load(stack, "POST /update-score, 64 connections", posts, 64, seconds),
-        run_load(stack, "POST /update-score, 256 connections", posts, 256, seconds),
-        run_load_without_persister(stack, "POST, 64 connections, persister paused", posts, 64, seconds),
-        run_load(stack, "GET /leaderboard, 64 connections", wrk.gets(), 64, seconds, "/leaderboard?limit=10"),
-        run_latency(stack, seconds),
-    ]
-    return {
-        "machine": machine() | stack.versions(),
-        "seconds": seconds,
-        "runs": runs,
-        "idle_percent": run_idle(stack, min(seconds, 5)),
-        "server_fresh_bytes": fresh_bytes,
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Where and of what the figures are."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(":")[2].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
-    return {
-        "cores": os.cpu_count(),
-        "cpu": model,
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short", "HEAD") or "none",
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def table(figures: Figures) -> str:
-    """The figures as Markdown."""
-    where = figures["machine"]
-    modified = ", modified" if where["modified"] else ""
-    lines = [
-        f"`make bench`, {figures['seconds']:g} s a run: {where['cores']} cores ({where['cpu']}), load generator "
-        f"included, Python {where['python']}, Redis {where['redis']}, PostgreSQL {where['postgresql']}, "
-        f"commit {where['commit']}{modified}",
-        "",
-        f"| load | per second | p50 ms | p99 ms | errors | {' | '.join(f'{part} µs' for part in MEASURED)} "
-        "| server MB, start → end | outbox left | in Kafka, PostgreSQL after s | others |",
-        "|---" + "|--:" * (8 + len(MEASURED)) + "|",
-    ]
-    lines += [_row(run) for run in figures["runs"]]
-    idle = ", ".join(f"{part} {percent:.1f} %" for part, percent in figures["idle_percent"].items())
-    fresh_mb, latency = figures["server_fresh_bytes"] / 1e6, figures["runs"][-1]
-    lines += [
-        "",
-        "CPU is per request; `others` is what strangers used of the machine meanwhile. "
-        f"Idle, of a core: {idle}. The server after its start: {fresh_mb:.0f} MB. "
-        f"Answers to POST at {UPDATES_PER_SECOND}/s: p50 {latency['post_p50_ms']:.1f}, "
-        f"p99 {latency['post_p99_ms']:.1f} ms.",
-    ]
-    return "\n".join(lines)
-
-
-def _row(run: Figures) -> str:
-    cpu = [f"{run['cpu_us'][part]:.1f}" for part in MEASURED]
-    if run["name"].startswith("GET"):
-        cpu[2:] = [""] * len(BEHIND_THE_ANSWER)  # nothing to relay or persist
-    memory = f"{run['server_start_bytes'] / 1e6:.0f} → {run['server_end_bytes'] / 1e6:.0f}"
-    cells = [
-        run["name"],
-        f"{run['per_second']:,.0f}",
-        f"{run['p50_ms']:.1f}",
-        f"{run['p99_ms']:.1f}",
-        f"{run['errors']:,.0f}",
-        *cpu,
-        memory,
-        f"{run['outbox_left_entries']:,}",
-        f"{run['relayed_after_s']:.1f}, {run['persisted_after_s']:.1f}",
-        f"{run['others_percent']:.0f} %",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def _say(what: str) -> None:
-    sys.stderr.write(f"bench: {what}\n")
+DISTURBED = (
+    "**Others used much of the machine during some runs (column `others`): trust the ratios little, the rates less.**"
+)
 
 
 def main() -> int:
-    """Measure; 1 when something that is needed is missing."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the scoreboard on this machine.")
-    parser.add_argument("--seconds", type=float, default=10, help="length of a run (10)")
-    parser.add_argument("--quick", action="store_true", help="runs of 2 s, to see that everything works")
-    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and data here")
-    arguments = parser.parse_args()
+    """Measure; 1 when something that is needed is missing, an answer is wrong, or a run had errors."""
+    arguments = _arguments()
+    started_s = time.monotonic()
     with contextlib.ExitStack() as cleanup:
         try:
             wrk.require_wrk()
             directory = arguments.logs or Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
-            stack = Stack(directory)
-        except (wrk.MissingWrkError, UnavailableError) as error:
-            _say(str(error))
+            directory.mkdir(parents=True, exist_ok=True)
+            figures = measure(arguments, directory, cleanup)
+        except (wrk.MissingWrkError, UnavailableError, duty.WrongAnswerError) as error:
+            say(str(error))
             return 1
-        _say("starting Redis, Kafka, PostgreSQL, server and sync")
-        stack.start(cleanup)
-        figures = measure(stack, 2 if arguments.quick else arguments.seconds)
+    figures["duration_s"] = round(time.monotonic() - started_s)
+    sys.stdout.write(report(figures))
+    try:
+        summary.refuse_errors(figures["runs"])
+        summary.refuse_errors(_whole_way_runs(figures))
+    except summary.ErrorsError as error:
+        say(f"NOT VALID, nothing was written: a run with errors measures nothing\n{error}")
+        return 1
     RESULTS.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-    sys.stdout.write(table(figures) + "\n")
+    if not arguments.quick:
+        TABLE.write_text(f"# The scoreboard beside its peers\n\n![{PLOT.name}]({PLOT.name})\n\n{report(figures)}")
+        plot.draw(figures["summary"], PLOT, _where(figures))
     return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure the scoreboard beside its peers.")
+    parser.add_argument("--quick", action="store_true", help="under two minutes: short runs, 64 connections, no docs")
+    parser.add_argument("--seconds", type=int, help="length of a run (10; quick: 2)")
+    parser.add_argument("--rounds", type=int, help="how often everybody has a turn (5; quick: 3)")
+    parser.add_argument("--connections", help="how many at once, with commas (64,256; quick: 64)")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep logs and data here")
+    arguments = parser.parse_args()
+    arguments.seconds = arguments.seconds or (2 if arguments.quick else 10)
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 5)
+    counts = arguments.connections or ("64" if arguments.quick else "64,256")
+    arguments.connections = [int(count) for count in counts.split(",")]
+    return arguments
+
+
+def measure(arguments: argparse.Namespace, directory: Path, cleanup: contextlib.ExitStack) -> dict[str, Any]:
+    """Start everything, let everybody have their turns, and stop it when `cleanup` ends.
+
+    Raises UnavailableError and WrongAnswerError.
+    """
+    where = machine()
+    stack = Stack(directory, LIMITS)
+    say("building the peers")
+    others, left_out = peers(directory, stack.settings)
+    for name, why in left_out.items():
+        say(f"{name} is left out: {why}")
+    say(f"starting Redis, Kafka, PostgreSQL, server and sync, {', '.join(peer.name for peer in others)}")
+    stack.start(cleanup)
+    stack.create_topics([peer.topic for peer in others])
+    for peer in list(others):
+        cleanup.callback(peer.stop)
+        try:
+            peer.start()
+        except ServiceError as error:
+            others.remove(peer)
+            left_out[peer.name] = str(error)
+            say(f"{peer.name} is left out: {error}")
+    candidates = [
+        Candidate(summary.FIRST, stack.server, TOPIC),
+        Candidate(summary.SAME_DUTY, stack.server, TOPIC, persister_paused=True),
+        *(Candidate(peer.name, peer, peer.topic) for peer in others),
+    ]
+    comparison = Comparison(stack, candidates, PLAYERS)
+    comparison.check()
+    comparison.warm_up(arguments.seconds)
+    runs = list(comparison.rounds(arguments.rounds, arguments.seconds, arguments.connections))
+    lines = summary.summarize(runs)
+    return {
+        "machine": where | stack.versions(),
+        "commit": commit(),
+        "mode": "quick" if arguments.quick else "full",
+        "seconds": arguments.seconds,
+        "rounds": arguments.rounds,
+        "left_out": left_out,
+        "runs": runs,
+        "summary": lines,
+        "targets": summary.targets(lines),
+        "whole_way": None if arguments.quick else whole_way.measure(stack, arguments.seconds, PLAYERS),
+    }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """All of it as Markdown."""
+    parts = [
+        _where(figures),
+        "Each in turn on the same Redis and the same Kafka; whoever has no turn runs on, idle. Medians of the rounds. "
+        "`scoreboard / it` is the scoreboard's requests a second divided by the candidate's (median of the rounds' "
+        "ratios). CPU is per request: what the candidate's server used, and what the services did meanwhile and until "
+        "the last event had arrived; `others` is what strangers and the idle used of the machine meanwhile. What each "
+        "leaves out: bench/peers/README.md.",
+        *(f"Left out: {name}, because {why}." for name, why in figures["left_out"].items()),
+        *([DISTURBED] if summary.disturbed(figures["runs"]) else []),
+        summary.table(figures["summary"]),
+        "**What it was to reach**",
+        summary.targets_table(figures["targets"]),
+    ]
+    if figures["whole_way"]:
+        parts += ["**The whole way of an update, process by process**", whole_way.table(figures["whole_way"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _where(figures: dict[str, Any]) -> str:
+    where = figures["machine"]
+    return (
+        f"make bench{'-quick' if figures['mode'] == 'quick' else ''}, {figures['rounds']} rounds of "
+        f"{figures['seconds']:g} s: {where['cores']} cores ({where['cpu']}), load generator included, load average "
+        f"{where['load_before']} before, Python {where['python']}, {where['redis']}, PostgreSQL "
+        f"{where['postgresql']}, commit {figures['commit']}"
+    )
+
+
+def _whole_way_runs(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    runs = figures["whole_way"]["runs"] if figures["whole_way"] else []
+    return [
+        {"candidate": "the whole way", "endpoint": run["name"], "connections": "-", "round": 1, "errors": run["errors"]}
+        for run in runs
+    ]
 
 
 if __name__ == "__main__":

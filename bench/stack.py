@@ -6,12 +6,13 @@ import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import confluent_kafka
 import psycopg
 import redis
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from bench.processes import resident_bytes
 from server.embedded import PostgresServer, RedisServer, Service
@@ -23,7 +24,7 @@ SETTLE_WITHIN_S = 300.0
 
 
 class Stack:
-    """Everything that runs during a benchmark; rate limits are off."""
+    """Everything that runs during a benchmark; rate limits are off unless `more_settings` say otherwise."""
 
     def __init__(
         self,
@@ -71,6 +72,8 @@ class Stack:
             stack.callback(service.stop)
             service.start()
         self._wait_until_ready()
+        self._watcher = confluent_kafka.Consumer({"bootstrap.servers": self.kafka.brokers, "group.id": "bench"})
+        stack.callback(self._watcher.close)
 
     def restart_server(self) -> None:
         """A fresh server on the same data."""
@@ -94,7 +97,7 @@ class Stack:
         started_s = time.monotonic()
         wait_until(lambda: self.outbox_entries() <= entries_left, SETTLE_WITHIN_S, "the outbox does not drain")
         relayed_s = time.monotonic() - started_s
-        events = self._events_in_kafka()
+        events = self.events_in(TOPIC)
         wait_until(lambda: self._events_persisted() >= events, SETTLE_WITHIN_S, "the persister does not catch up")
         return relayed_s, time.monotonic() - started_s
 
@@ -106,16 +109,24 @@ class Stack:
         """What was measured against."""
         with redis.Redis(self.redis.host, self.redis.port) as client, psycopg.connect(self.postgres.url) as connection:
             postgres = connection.execute("SHOW server_version").fetchone()
-            return {"redis": client.info("server")["redis_version"], "postgresql": postgres[0] if postgres else ""}
+            server = client.info("server")
+            # Valkey calls itself Redis 7.2 too, for clients that ask.
+            valkey = server.get("valkey_version")
+            kind = f"Valkey {valkey}" if valkey else f"Redis {server['redis_version']}"
+            return {"redis": kind, "postgresql": postgres[0] if postgres else ""}
 
-    def _events_in_kafka(self) -> int:
-        consumer = confluent_kafka.Consumer({"bootstrap.servers": self.kafka.brokers, "group.id": "bench"})
-        try:
-            partitions = consumer.list_topics(TOPIC, timeout=10).topics[TOPIC].partitions
-            where = [confluent_kafka.TopicPartition(TOPIC, partition) for partition in partitions]
-            return sum(consumer.get_watermark_offsets(each, timeout=10)[1] for each in where)
-        finally:
-            consumer.close()
+    def events_in(self, topic: str) -> int:
+        """Records that Kafka has taken."""
+        partitions = self._watcher.list_topics(topic, timeout=10).topics[topic].partitions
+        where = [confluent_kafka.TopicPartition(topic, partition) for partition in partitions]
+        return sum(self._watcher.get_watermark_offsets(each, timeout=10)[1] for each in where)
+
+    def create_topics(self, names: Sequence[str]) -> None:
+        """Topics like the scoreboard's own."""
+        admin = AdminClient({"bootstrap.servers": self.kafka.brokers})
+        partitions = len(admin.list_topics(TOPIC, timeout=10).topics[TOPIC].partitions)
+        for created in admin.create_topics([NewTopic(name, partitions, 1) for name in names]).values():
+            created.result()
 
     def _events_persisted(self) -> int:
         with psycopg.connect(self.postgres.url) as connection:

@@ -17,8 +17,8 @@ _DONE = """
 done = function(summary, latency, requests)
   local errors = summary.errors
   print(string.format(
-    '{"requests": %d, "duration_us": %d, "p50_us": %d, "p99_us": %d, "failed": %d, "refused": %d}',
-    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
+    '{"requests": %d, "duration_us": %d, "p50_us": %d, "p99_us": %d, "p999_us": %d, "failed": %d, "refused": %d}',
+    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99), latency:percentile(99.9),
     errors.connect + errors.read + errors.write + errors.timeout, errors.status))
 end
 """
@@ -54,6 +54,7 @@ class Load(NamedTuple):
     duration_us: int
     p50_us: int
     p99_us: int
+    p999_us: int
     failed: int
     refused: int
 
@@ -80,11 +81,11 @@ def gets() -> str:
     return _DONE
 
 
-def run(url: str, script: str, *, connections: int, seconds: float) -> Load:
+def run(url: str, script: str, *, connections: int, seconds: int) -> Load:
     """Load `url` with keep-alive connections, from one thread."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "load.lua")
         file.write_text(script)
-        argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "10s", "-s", str(file), url]
+        argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(file), url]
         done = subprocess.run(argv, check=True, capture_output=True, text=True)
     return Load(**json.loads(done.stdout.splitlines()[-1]))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# scripts/setup.sh EXTRAS [tests]: a .venv as pyproject.toml and constraints.txt want it, and for the tests Chromium and
-# nginx where they can be had. Does nothing when they are there.
+# scripts/setup.sh EXTRAS [tests|bench]: a .venv as pyproject.toml and constraints.txt want it; for the tests Chromium and
+# nginx where they can be had, for the benchmarks wrk. Does nothing when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-extras=$1 tests=${2:-}
+extras=$1 purpose=${2:-}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 give_up() { say "$*"; exit 1; }
@@ -53,6 +53,10 @@ need_libuv() {
         give_up "libuv.so.1 is missing: install libuv (Debian and Ubuntu: apt install libuv1; Fedora: dnf install libuv)"
 }
 
+need_wrk() {
+    command -v wrk >/dev/null || apt_install wrk || give_up "the benchmarks need wrk: install it (apt install wrk)"
+}
+
 # The tests do without a browser, so it is asked for once: where that fails, the next run does not wait for it again.
 want_chromium() {
     local asked=.cache/no-chromium
@@ -92,7 +96,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "$wanted" >"$stamp"
 fi
 need_libuv
-if [ "$tests" = tests ]; then
+if [ "$purpose" = tests ]; then
     want_chromium
     want_nginx
 fi
+if [ "$purpose" = bench ]; then need_wrk; fi
