@@ -35,8 +35,8 @@ from server.web_files import WEB, WebFile, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
 PREFLIGHT_S: Final = 7200
-LONGEST_QUERY: Final = 128
-"""Longest query to remember, in characters: any that is asked for in earnest is shorter."""
+LONGEST_TARGET: Final = 128
+"""Longest path and query to remember, in bytes: any that is asked for in earnest is shorter."""
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
@@ -59,7 +59,7 @@ class Routes:
         self._failures = FailureLimit(settings.auth_failures_per_minute)
         self._boards = frozenset(settings.boards)
         self._default_board = default_board(settings.boards)
-        self._pages: dict[str, tuple[str, int]] = {}
+        self._pages: dict[bytes, tuple[str, int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._by_address = settings.rate_limit_by == "ip"
         self._needs_forwarded = self._client.needs_header
@@ -146,12 +146,12 @@ class Routes:
 
     def leaderboard(self, request: Request) -> None:
         """GET /leaderboard"""
-        query = request.query
-        page = self._pages.get(query)
+        target = request.target
+        page = self._pages.get(target)
         if page is None:
-            page = parse_page(query, self._settings.boards, self._default_board)
-            if len(self._pages) < TOP_LIMIT and len(query) <= LONGEST_QUERY:
-                self._pages[query] = page
+            page = parse_page(request.query, self._settings.boards, self._default_board)
+            if len(self._pages) < TOP_LIMIT and len(target) <= LONGEST_TARGET:
+                self._pages[target] = page
         request.context = page
         self.scores.read_page(*page, request)
 

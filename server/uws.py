@@ -123,6 +123,8 @@ class SendStatus(enum.IntEnum):
 _cast: Final = _cffi_backend.cast
 _unpack: Final = _cffi_backend.unpack
 _get_header: Final = lib.uws_req_get_header
+_get_full_url: Final = lib.uws_req_get_full_url
+_wait_for_abort: Final = lib.uws_res_on_aborted
 _send: Final = lib.socketify_res_cork_send
 _now_s: Final = time.monotonic
 _VOID_POINTER: Final = ffi.typeof("void *")
@@ -166,7 +168,13 @@ class Request:
         "body", "context", "done", "head_lines", "is_head", "parts", "received_s", "token",
     )  # fmt: skip
 
+    _given_id: bytes
+    _limit: int
+    _received: int
     _user_data: Any
+    body: bytes
+    """There when `read_body` has it."""
+    token: int
     parts: str
     """Where its time went, for the log; there only if it took long."""
 
@@ -176,10 +184,6 @@ class Request:
         self._res = res
         self._req = req
         self._on_body: Handler | None = None
-        self._limit = 0
-        self._received = 0
-        self.token = 0
-        self.body = b""
         self.context: Any = None
         """Whatever the handler needs later."""
         self.done = False
@@ -215,10 +219,16 @@ class Request:
         return _view(lib.uws_req_get_case_sensitive_method, self._req).decode("latin-1")
 
     @property
+    def target(self) -> bytes:
+        """Path and query as sent. Only inside the handler."""
+        assert self._req is not None, "the request line is gone once the handler has returned"
+        length = _get_full_url(self._req, _view_pointer)
+        return cast(bytes, _unpack(_view_pointer[0], length))
+
+    @property
     def query(self) -> str:
         """The query string as sent, without its question mark. Only inside the handler."""
-        assert self._req is not None, "the request line is gone once the handler has returned"
-        return _view(lib.uws_req_get_full_url, self._req).decode("latin-1").partition("?")[2]
+        return self.target.decode("latin-1").partition("?")[2]
 
     @property
     def peer(self) -> str:
@@ -227,7 +237,7 @@ class Request:
 
     def read_body(self, limit: int, on_body: Handler) -> None:
         """Call `on_body` when all of `body` is there; answers 413 above `limit` bytes and 408 when too slow."""
-        self._limit = limit
+        self._limit, self._received, self.body = limit, 0, b""
         self._on_body = on_body
         lib.uws_res_on_data(SSL, self._res, _on_data, self._user_data)
 
@@ -258,11 +268,10 @@ class Request:
             answers.by_status[head[:3]] += 1
         if seconds > server.slow_s:
             self._log_slow(head[:3], seconds)
-        head = b"%b%b\r\nX-Request-Id: %b" % (
-            head,
-            self.head_lines,
-            self._given_id or b"%b%x" % (_ID_PREFIX, self.token),
-        )
+        if self._given_id:
+            head = b"%b%b\r\nX-Request-Id: %b" % (head, self.head_lines, self._given_id)
+        else:  # `id`, in one go
+            head = b"%b%b\r\nX-Request-Id: %b%x" % (head, self.head_lines, _ID_PREFIX, self.token)
         if self.is_head and body is not None:
             # A body would be taken for the beginning of the next answer.
             head, body = head + b"\r\nContent-Length: %d" % len(body), None
@@ -293,9 +302,13 @@ class Request:
         """Run `handler`; whatever it raises becomes the answer."""
         try:
             handler(self)
-        except Problem as problem:
-            self.problem(problem)
         except Exception as error:
+            self._refuse(error)
+
+    def _refuse(self, error: Exception) -> None:
+        if isinstance(error, Problem):
+            self.problem(error)
+        else:
             self.fail(error)
 
     def forget(self) -> None:
@@ -305,10 +318,16 @@ class Request:
     def _begin(self, handler: Handler) -> None:
         # Held before anything is answered: uWebSockets takes an answer that it cannot write for none, and ends the
         # process unless somebody waits for the abort.
-        self._server.hold(self)
+        self.token = token = next(_tokens)
+        self._server.pending[token] = self
+        self._user_data = user_data = _cast(_VOID_POINTER, token)
+        _wait_for_abort(SSL, self._res, _on_aborted, user_data)
         given = self.header(b"x-request-id")
         self._given_id = given if given and _GOOD_ID.fullmatch(given) else b""
-        self.guard(handler)
+        try:  # as `guard` does
+            handler(self)
+        except Exception as error:
+            self._refuse(error)
         self._req = None
 
     def _log_slow(self, status: bytes, seconds: float) -> None:
@@ -501,13 +520,6 @@ class Server:
     def note_answer(self, res: Any) -> None:
         """Remember that a connection had an answer, where that has no body to tell."""
         self._connections[_token(res)] = 0.0
-
-    def hold(self, request: Request) -> None:
-        """Keep a request until it is answered or aborted."""
-        request.token = token = next(_tokens)
-        self.pending[token] = request
-        request._user_data = user_data = _user_data(token)
-        lib.uws_res_on_aborted(SSL, request._res, _on_aborted, user_data)
 
     def _sweep(self) -> None:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
