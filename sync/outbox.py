@@ -92,6 +92,10 @@ class Outbox:
         keys = self._keys
         return bool(self._trim(keys=[keys.outbox, keys.ready], args=[self.epoch, _after(entry_id)]))
 
+    def length(self) -> int:
+        """How many entries there are."""
+        return int(self._client.xlen(self._keys.outbox))
+
     def close(self) -> None:
         """Give up the connections."""
         self._reader.disconnect()  # type: ignore[no-untyped-call]
