@@ -314,6 +314,7 @@ class Persister:
             if self._stop.requested:
                 raise Stopped
             self._early += self._consumer.consume(BATCH_EVENTS, min(left_s, GATHER_S))
+            self._measure_lag()
 
     def _take_early(self) -> list[Message]:
         early, self._early = self._early, []
