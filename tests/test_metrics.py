@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +22,9 @@ from websockets.sync.client import connect as watch
 from server.config import Settings, load
 from server.embedded import ADDRESS, PostgresServer, RedisServer, Service, free_port
 from server.errors import PROBLEM_KINDS
+from sync.metrics import RelayMetrics
+from sync.relay import Relays
+from sync.waiting import Stop
 from tests.client import board, can_write, get, post, post_body
 from tests.services import ROOT, KafkaBroker, ServerProcess, SyncProcess, environment, wait_until
 from tests.sync_parts import event, put_records
@@ -42,6 +47,16 @@ JOBS: Final = ("scoreboard-server", "scoreboard-relay", "scoreboard-persister")
 ACCEPTED: Final = 30
 
 
+def told(port: int) -> str:
+    """What Prometheus would get there; "" while nobody listens."""
+    try:
+        with urllib.request.urlopen(f"http://{ADDRESS}:{port}/metrics", timeout=10) as answer:
+            assert answer.headers["Content-Type"].startswith("text/plain; version=")
+            return str(answer.read().decode())
+    except urllib.error.URLError:
+        return ""
+
+
 class Scoreboard:
     """Server, relay and persister, each with a port for its figures."""
 
@@ -59,9 +74,7 @@ class Scoreboard:
         return load(environment(self.variables))
 
     def scrape(self, part: str) -> str:
-        with urllib.request.urlopen(f"http://{ADDRESS}:{self.ports[part]}/metrics", timeout=10) as answer:
-            assert answer.headers["Content-Type"].startswith("text/plain; version=")
-            return str(answer.read().decode())
+        return told(self.ports[part])
 
     def figure(self, name: str, **labels: str) -> float:
         """A value, of the process that its name tells."""
@@ -201,7 +214,7 @@ def test_labels_take_no_value_that_a_client_makes_up(scoreboard: Scoreboard, fam
     for number in range(20):
         get(server, f"/{number}/nowhere?limit={number}")
         post(server, f"made-up-{number}", board=f"made-up-{number}")
-    now = list(text_string_to_metric_families(scoreboard.scrape("server")))
+    now = text_string_to_metric_families(scoreboard.scrape("server"))
     ours = [sample for family in now if family.name.startswith(OURS) for sample in family.samples]
     assert {name for sample in ours for name in sample.labels} <= {"route", "status", "kind", "le", "version"}
     assert {sample.labels["kind"] for sample in ours if "kind" in sample.labels} <= set(PROBLEM_KINDS)
@@ -232,19 +245,18 @@ def test_selectors_are_found() -> None:
 
 @pytest.mark.parametrize("where", EXPRESSIONS)
 def test_what_an_expression_asks_for_is_told(families: dict[str, list[Metric]], where: str) -> None:
-    told: dict[str, list[dict[str, str]]] = {"up": [{}]}
+    told_by: dict[str, list[dict[str, str]]] = {"up": [{"job": job, "instance": "here"} for job in JOBS]}
     for part, of_part in families.items():
         for family in of_part:
             for sample in family.samples:
                 labels = {**sample.labels, "job": f"scoreboard-{part}", "instance": "here"}
-                told.setdefault(sample.name, []).append(labels)
-    told["up"] = [{"job": job, "instance": "here"} for job in JOBS]
+                told_by.setdefault(sample.name, []).append(labels)
     found = selectors(EXPRESSIONS[where])
     assert found
     for metric, matchers in found:
-        assert metric in told, f"nobody tells {metric}"
+        assert metric in told_by, f"nobody tells {metric}"
         for label, operator, value in re.findall(r'(\w+)(=~|=)"([^"]*)"', matchers):
-            values = {labels.get(label) for labels in told[metric]}
+            values = {labels.get(label) for labels in told_by[metric]}
             assert None not in values, f"{metric} has no label {label}"
             pattern = value if operator == "=~" else re.escape(value)
             if label != "status":  # a 5xx has not happened
@@ -396,13 +408,49 @@ def test_relay_that_waits_tells_of_nothing_that_is_not_its_own(scoreboard: Score
     other.start()
     try:
         wait_until(lambda: "another relay has the lease" in other.output_tail(), 20)
-        with urllib.request.urlopen(f"http://{ADDRESS}:{port}/metrics", timeout=10) as answer:
-            told = text_string_to_metric_families(answer.read().decode())
-        values = {sample.name: sample.value for family in told for sample in family.samples}
+        families = text_string_to_metric_families(told(port))
+        values = {sample.name: sample.value for family in families for sample in family.samples}
         for name in ("relay_lease_held", "relay_outbox_entries", "relay_lag_seconds", "relay_events_total"):
             assert values[f"scoreboard_{name}"] == 0, name
     finally:
         other.stop()
+
+
+def test_persister_that_starts_without_its_database_has_a_lag_that_grows(
+    scoreboard: Scoreboard, tmp_path: Path
+) -> None:
+    port = free_port()
+    nowhere = f"postgresql://{ADDRESS}:{free_port()}/none"
+    variables = {**scoreboard.variables, "DATABASE_URL": nowhere, "PERSISTER_METRICS_PORT": str(port)}
+    other = SyncProcess(tmp_path, variables, "persister")
+
+    def figure(name: str) -> float:
+        (value,) = re.findall(rf"^scoreboard_persister_{name} (\S+)$", told(port), re.MULTILINE) or ["1"]
+        return float(value)
+
+    other.start()
+    try:
+        wait_until(lambda: figure("database_up") == 0, 20, "the database is not missed")
+        assert grows(lambda: figure("lag_seconds"), 1.5)
+    finally:
+        other.stop()
+
+
+def test_relay_of_a_redis_cluster_tells_the_sum_of_its_outboxes_and_the_worst_lag() -> None:
+    relays = Relays(Settings(redis_cluster=1, boards=("main", "weekly", "daily")), Stop())
+    first, *others = relays.all
+    assert others
+    for relay in others:
+        relay.holds_lease, relay.outbox_entries, relay.relayed_events = True, 3, 10
+    first.oldest_entry, others[0].oldest_entry = f"{int(time.time() * 1000) - 60_000}-0", "1000-5"
+    first.kafka_outage.failed("gone")
+    values = {sample.name: sample.value for each in RelayMetrics(relays).collect() for sample in each.samples}
+    assert values["scoreboard_relay_outboxes"] == len(relays.all)
+    assert values["scoreboard_relay_lease_held"] == len(others)
+    assert values["scoreboard_relay_outbox_entries"] == 3 * len(others)
+    assert values["scoreboard_relay_events_total"] == 10 * len(others)
+    assert values["scoreboard_relay_lag_seconds"] > 1_000_000_000
+    assert (values["scoreboard_relay_kafka_up"], values["scoreboard_relay_redis_up"]) == (0, 1)
 
 
 @pytest.mark.parametrize("part", ["relay", "persister"])
