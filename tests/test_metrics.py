@@ -147,6 +147,8 @@ def families(scoreboard: Scoreboard) -> dict[str, list[Metric]]:
     assert post(server, "ann", subject="bob").status == 403
     assert len(board(server)) == 10
     wait_until(lambda: scoreboard.figure("scoreboard_persister_events_total") == ACCEPTED and scoreboard.settled(), 30)
+    wait_until(lambda: scoreboard.figure("scoreboard_live_changes_total") > 0, 30, "no event reached the live pages")
+    wait_until(lambda: scoreboard.figure("scoreboard_feed_delay_seconds_count") > 0, 5, "no delay was measured")
     return {part: list(text_string_to_metric_families(scoreboard.scrape(part))) for part in scoreboard.ports}
 
 
