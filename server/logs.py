@@ -43,7 +43,11 @@ class _JsonLines(logging.Formatter):
         try:
             return _encode(line).decode()
         except UnicodeEncodeError:  # half a surrogate pair, out of somebody's JSON
-            return _encode({name: ascii(value) for name, value in line.items()}).decode()
+            return _encode({name: _whole(value) for name, value in line.items()}).decode()
+
+
+def _whole(value: object) -> object:
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 class Sparing:

@@ -37,11 +37,9 @@ class ServerMetrics(Collector):
         ready = scores.epoch is not None
         yield gauge("scoreboard_redis_ready", "Whether Redis is there and verified.", ready)
         yield gauge("scoreboard_write_ready", "Whether updates are accepted.", ready and not scores.outbox_full)
-        yield gauge(
-            "scoreboard_outbox_bytes",
-            "What is owed to Kafka; updates stop above OUTBOX_MAX_BYTES.",
-            scores.outbox_bytes,
-        )
+        yield gauge("scoreboard_outbox_bytes", "What Redis holds for Kafka.", scores.outbox_bytes)
+        used = scores.outbox_used
+        yield gauge("scoreboard_outbox_used_ratio", "Part of OUTBOX_MAX_BYTES in use; above 1 updates stop.", used)
         oldest_ms = scores.outbox_oldest_ms
         age_s = 0.0 if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1000)
         yield gauge("scoreboard_outbox_oldest_age_seconds", "Age of what is owed to Kafka for longest.", age_s)

@@ -121,6 +121,11 @@ class Scores:
         """Whether more is owed to Kafka than may be: updates are refused rather than lost."""
         return self.outbox_bytes > self._settings.outbox_max_bytes
 
+    @property
+    def outbox_used(self) -> float:
+        """How much of OUTBOX_MAX_BYTES it takes; above 1 it is full."""
+        return self.outbox_bytes / self._settings.outbox_max_bytes
+
     # ------------------------------------------------------------------ what the rest of the server calls
 
     def submit(

@@ -45,6 +45,11 @@ class Shards:
         return any(shard.outbox_full for shard in self._all)
 
     @property
+    def outbox_used(self) -> float:
+        """How much of OUTBOX_MAX_BYTES the largest one takes."""
+        return max(shard.outbox_used for shard in self._all)
+
+    @property
     def outbox_bytes(self) -> int:
         """Of all outboxes; the largest one may have OUTBOX_MAX_BYTES."""
         return sum(shard.outbox_bytes for shard in self._all)

@@ -22,8 +22,10 @@ from confluent_kafka import KafkaException
 from server import logs
 from server.config import Settings, load
 from server.errors import ScoreboardError
+from server.instruments import Metrics
 from server.supervisor import Child, Supervisor
 from sync import dead_letters, store, topics
+from sync.metrics import PersisterMetrics, RelayMetrics
 from sync.persister import Persister
 from sync.reconcile import Reconciliation
 from sync.relay import Relays
@@ -174,21 +176,26 @@ def _run_one(part: Callable[[Settings, Stop], None], settings: Settings) -> None
 
 
 def _relay(settings: Settings, stop: Stop) -> None:
-    if _when_there("Kafka", lambda: topics.ensure_topics(settings), stop):
-        Relays(settings, stop).run()
+    relays = Relays(settings, stop)
+    if settings.relay_metrics_port:
+        Metrics(RelayMetrics(relays)).serve(settings.metrics_host, settings.relay_metrics_port, "RELAY_METRICS_PORT")
+    if _when_there(relays.kafka_outage, lambda: topics.ensure_topics(settings), stop):
+        relays.run()
 
 
 def _persister(settings: Settings, stop: Stop) -> None:
-    ready = _when_there("Kafka", lambda: topics.ensure_topics(settings), stop) and _when_there(
-        "the database", lambda: store.migrate(settings.database_url, settings.history_days), stop
+    persister, port = Persister(settings, stop), settings.persister_metrics_port
+    if port:
+        Metrics(PersisterMetrics(persister)).serve(settings.metrics_host, port, "PERSISTER_METRICS_PORT")
+    ready = _when_there(persister.kafka_outage, lambda: topics.ensure_topics(settings), stop) and _when_there(
+        persister.database_outage, lambda: store.migrate(settings.database_url, settings.history_days), stop
     )
     if ready:
-        Persister(settings, stop).run()
+        persister.run()
 
 
-def _when_there(service: str, prepare: Callable[[], None], stop: Stop) -> bool:
+def _when_there(outage: Outage, prepare: Callable[[], None], stop: Stop) -> bool:
     """Prepare a service as soon as it answers; False if we were asked to stop before it did."""
-    outage = Outage(service, _log)
     while not stop.requested:
         try:
             prepare()

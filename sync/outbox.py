@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from server.config import Settings
 from server.events import MEMORY_FIELD, OUTBOX_FIELD
@@ -49,6 +51,7 @@ def connect(settings: Settings, address: Address | None = None) -> redis.Redis:
         ssl_keyfile=settings.redis_tls_key_file or None,
         socket_timeout=2,
         socket_connect_timeout=2,
+        retry=Retry(NoBackoff(), 0),  # else it would try ten times, and its owner not notice for 26 s
         protocol=2,
         driver_info=None,  # no CLIENT SETINFO: Redis 7.0 does not know it, so no ACL for it can grant it
     )
@@ -91,6 +94,10 @@ class Outbox:
         """Delete `entry_id` and everything before it; False, and nothing is deleted, when the epoch has risen."""
         keys = self._keys
         return bool(self._trim(keys=[keys.outbox, keys.ready], args=[self.epoch, _after(entry_id)]))
+
+    def length(self) -> int:
+        """How many entries there are."""
+        return int(self._client.xlen(self._keys.outbox))
 
     def close(self) -> None:
         """Give up the connections."""

@@ -19,10 +19,12 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 from server.config import Settings
 from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, check_format, decode_event
 from server.fences import Fences
+from server.instruments import Histogram
+from sync.chain import Chain
 from sync.dead_letters import DeadLetters
 from sync.kafka import new_consumer
 from sync.placement import check_topic, first_offset
-from sync.store import Store
+from sync.store import Persisted, Store
 from sync.topics import Topic, look_up
 from sync.waiting import Outage, Stop
 
@@ -38,6 +40,13 @@ TIDY_EVERY_S: Final = 3600.0
 DELETE_AT_ONCE: Final = 10_000
 """Old events that go between two batches: more than a batch brings, and little enough not to hold it up."""
 
+LOOK_AT_EACH: Final = 50
+"""Records of which one is asked for its time: near enough for a lag, and asking all took a tenth of our CPU."""
+
+BATCH_BOUNDS: Final = (1, 10, 50, 100, 250, 500, 1000, 2000, 3000, 4000, BATCH_EVENTS, 2 * BATCH_EVENTS)
+WRITE_BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Up to the longest that a statement may take."""
+
 _log = logging.getLogger("sync.persister")
 _T = TypeVar("_T")
 
@@ -52,15 +61,26 @@ class Persister:
     def __init__(self, settings: Settings, stop: Stop) -> None:
         self.persisted_events = 0
         self.outages = 0
+        self.batch_events = Histogram(BATCH_BOUNDS)
+        self.batch_s = Histogram(WRITE_BOUNDS_S)
+        self.chain = Chain()
+        self.lag_events = 0
+        """Of the partitions we read, as far as Kafka has told of their ends."""
+        self.in_hand_since_ms: int | None = None
+        """When the oldest event that is in hand was made, or one of the oldest."""
+        self.behind_since_ms: int | None = _now_ms()
+        """Since when there is something to read that has not come, or it is not known what there is to read."""
+        self.database_outage = Outage("the database", _log)
+        self.kafka_outage = Outage("Kafka", _log)
         self._settings = settings
         self._stop = stop
         self._store = Store(settings.database_url)
         self._dead_letters = DeadLetters(settings)
-        self._database_outage = Outage("the database", _log)
-        self._kafka_outage = Outage("Kafka", _log)
         self._consumer = new_consumer(settings, PERSISTER_GROUP, self._on_error)
         self._topic = Topic("", 0)
         self._fences = Fences()
+        self._next_offsets: dict[int, int] | None = None
+        self._ends: dict[int, int] = {}
         self._unplaced: list[TopicPartition] | None = None
         self._early: list[Message] = []
         self._tidy_at_s = time.monotonic() + FIRST_TIDY_S
@@ -97,7 +117,7 @@ class Persister:
     # What follows is called from within `consume`, on this thread.
 
     def _on_error(self, error: KafkaError) -> None:
-        self._kafka_outage.failed(error)
+        self.kafka_outage.failed(error)
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         # Nothing may be read before the database has said where to begin, and it may be away.
@@ -107,15 +127,37 @@ class Persister:
     def _on_revoke(self, consumer: Consumer, _: list[TopicPartition]) -> None:
         consumer.unassign()
         self._unplaced = None
+        self._next_offsets = None
+        self.behind_since_ms = self.behind_since_ms or _now_ms()
 
     def _step(self) -> None:
         if self._unplaced is not None:
             self._place(self._unplaced)
         records = self._take_early() + self._consumer.consume(BATCH_EVENTS, GATHER_S)
         if records:
+            looked_at = (*records[::LOOK_AT_EACH], records[-1])
+            times_ms = [record.timestamp()[1] for record in looked_at if record.error() is None]
+            self.in_hand_since_ms = min(times_ms, default=None)
             self._settle(records)
+            # What comes next is about as old as the last of these: a lag is not gone between two batches.
+            self.behind_since_ms = max(times_ms, default=self.behind_since_ms)
+            self.in_hand_since_ms = None
+        self._measure_lag()
         if self._settings.history_days and time.monotonic() >= self._tidy_at_s:
             self._tidy()
+
+    def _measure_lag(self) -> None:
+        if self._next_offsets is None:
+            self.lag_events = 0
+            return
+        lag = 0
+        for partition, next_offset in self._next_offsets.items():
+            place = TopicPartition(self._settings.kafka_topic, partition)
+            _, end = self._consumer.get_watermark_offsets(place, cached=True)  # negative until something was fetched
+            self._ends[partition] = max(end, self._ends.get(partition, 0))
+            lag += max(0, self._ends[partition] - next_offset)
+        self.lag_events = lag
+        self.behind_since_ms = (self.behind_since_ms or _now_ms()) if lag else None
 
     def _tidy(self) -> None:
         """Drop some of the history that is old enough, and all of it by and by."""
@@ -132,6 +174,8 @@ class Persister:
         placed = self._through_outages(lambda: self._placed(partitions))
         if self._unplaced is None:  # else another assignment came while we were waiting
             self._consumer.assign(placed)
+            self._next_offsets = {it.partition: it.offset for it in placed}
+            self.chain.forget()
             self._consumer.resume(placed)  # a partition stays paused when it goes and comes back
             _log.info(
                 "reading %s", ", ".join(f"{it.topic}/{it.partition} from {it.offset}" for it in placed) or "nothing"
@@ -148,6 +192,7 @@ class Persister:
         for partition in partitions:
             low, high = self._consumer.get_watermark_offsets(partition, timeout=10)
             offset = first_offset(name, partition.partition, stored.get(partition.partition), low, high)
+            self._ends[partition.partition] = high
             placed.append(TopicPartition(name, partition.partition, offset))
         self._fences.begin({partition: offset.epochs for partition, offset in stored.items()})
         return placed
@@ -164,6 +209,7 @@ class Persister:
         except (psycopg.DataError, psycopg.IntegrityError):
             self._persist_what_can_be(events, rows)
             self._persist([], next_offsets)
+        self._advance(next_offsets)
         self._commit(next_offsets)
 
     def _sort(self, records: list[Any]) -> tuple[list[ScoreEvent], list[Message], list[tuple[Message, str]]]:
@@ -195,14 +241,24 @@ class Persister:
         elif error.fatal():
             raise KafkaException(error)
         else:
-            self._kafka_outage.failed(error)
+            self.kafka_outage.failed(error)
 
     def _persist(self, events: list[ScoreEvent], next_offsets: dict[int, int]) -> None:
         persist = self._store.persist
         name, topic_id = self._settings.kafka_topic, self._topic.topic_id
         epochs = self._fences.epochs
-        done = self._through_outages(lambda: persist(events, name, topic_id, next_offsets, epochs))
-        self.persisted_events += done.new_events
+
+        def write() -> Persisted:
+            begun_s = time.monotonic()
+            done = persist(events, name, topic_id, next_offsets, epochs)
+            if events:
+                self.batch_s.observe(time.monotonic() - begun_s)
+            return done
+
+        self.persisted_events += self._through_outages(write).new_events
+        if events:
+            self.batch_events.observe(len(events))
+            self.chain.follow(events)
 
     def _persist_what_can_be(self, events: list[ScoreEvent], rows: list[Message]) -> None:
         """Halve a batch the database refuses until what it refuses stands alone, and put that aside."""
@@ -219,6 +275,12 @@ class Persister:
     def _put_aside(self, refused: list[tuple[Message, str]]) -> None:
         self._through_outages(lambda: self._dead_letters.keep(refused, CONFIRM_WITHIN_S))
 
+    def _advance(self, next_offsets: dict[int, int]) -> None:
+        ours = self._next_offsets or {}
+        for partition, offset in next_offsets.items():
+            if partition in ours:  # else it went to another persister while we had the batch in hand
+                ours[partition] = max(offset, ours[partition])
+
     def _commit(self, next_offsets: dict[int, int]) -> None:
         name = self._settings.kafka_topic
         offsets = [TopicPartition(name, partition, offset) for partition, offset in next_offsets.items()]
@@ -234,9 +296,9 @@ class Persister:
             try:
                 result = work()
             except psycopg.OperationalError as error:
-                delay_s = self._database_outage.failed(error)
+                delay_s = self.database_outage.failed(error)
             except KafkaException as error:
-                delay_s = self._kafka_outage.failed(error)
+                delay_s = self.kafka_outage.failed(error)
             else:
                 break
             if not paused:
@@ -244,8 +306,8 @@ class Persister:
                 self.outages += 1
                 self._consumer.pause(self._consumer.assignment())
             self._poll_for(delay_s)
-        self._database_outage.over()
-        self._kafka_outage.over()
+        self.database_outage.over()
+        self.kafka_outage.over()
         if paused:
             self._consumer.resume(self._consumer.assignment())
         return result
@@ -256,7 +318,12 @@ class Persister:
             if self._stop.requested:
                 raise Stopped
             self._early += self._consumer.consume(BATCH_EVENTS, min(left_s, GATHER_S))
+            self._measure_lag()
 
     def _take_early(self) -> list[Message]:
         early, self._early = self._early, []
         return early
+
+
+def _now_ms() -> int:
+    return int(time.time() * 1000)

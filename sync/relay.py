@@ -79,6 +79,11 @@ class Relays:
         """Entries put aside since the start."""
         return sum(relay.dead_letters for relay in self.all)
 
+    @property
+    def kafka_outage(self) -> Outage:
+        """For whoever waits for Kafka before there is anything to relay."""
+        return self.all[0].kafka_outage
+
     def run(self) -> None:
         """Return when asked to stop, with everything confirmed trimmed and the leases given back.
 
@@ -110,11 +115,16 @@ class Relay:
         self.relayed_events = 0
         self.dead_letters = 0
         self.turns_lost = 0
+        self.holds_lease = False
+        self.outbox_entries = 0
+        """As of a moment ago; 0 while another relay has the lease."""
+        self.oldest_entry: str | None = None
+        """The first one that Kafka has not confirmed, as far as we have read; kept while Redis is away."""
         self._settings = settings
         self._keys = keys or Keys(settings.redis_key_prefix)
         self._stop = stop
         self._token = secrets.token_hex(16)  # one for good: after an outage our own lease keeps nobody waiting
-        self._redis_outage = Outage(f"Redis with hash tag {self._keys.tag}" if self._keys.tag else "Redis", _log)
+        self.redis_outage = Outage(f"Redis with hash tag {self._keys.tag}" if self._keys.tag else "Redis", _log)
         self.kafka_outage = Outage("Kafka", _log)
 
     def run(self) -> None:
@@ -123,7 +133,7 @@ class Relay:
             try:
                 self._take_turn()
             except redis.RedisError as error:
-                self._stop.wait(self._redis_outage.failed(error))
+                self._stop.wait(self.redis_outage.failed(error))
             except KafkaException as error:
                 self._stop.wait(self.kafka_outage.failed(error))
         _log.info("stopped: %d events relayed, %d dead letters", self.relayed_events, self.dead_letters)
@@ -136,6 +146,7 @@ class Relay:
                 self._relay(lease, Outbox(client, keys))
             lease.release()
         finally:
+            self.holds_lease = False
             client.close()
 
     def _relay(self, lease: Lease, outbox: Outbox) -> None:
@@ -153,11 +164,13 @@ class Relay:
         told = ""
         while not self._stop.requested:
             why = ""
-            if not lease.hold():
+            self.holds_lease = lease.hold()
+            if not self.holds_lease:
+                self.outbox_entries, self.oldest_entry = 0, None  # now it is the other one that tells
                 why = "another relay has the lease; waiting for it"
             elif not has_epoch():
                 why = "Redis has no scoreboard; waiting for a server to fill it"
-            self._redis_outage.over()
+            self.redis_outage.over()
             if not why:
                 return True
             if why != told:
@@ -208,6 +221,7 @@ class _Turn:
         self._read_at = now
         self._produced_before = relay.relayed_events
         self._rate = 0.0
+        self._count()
 
     def relay_until(self, stop: Stop) -> None:
         """Move entries as they come; returns when asked to stop, and when the lease is lost or the epoch rises.
@@ -252,6 +266,7 @@ class _Turn:
     def _produce(self, entry: Entry) -> None:
         if not self._owed:
             self._progress_at = time.monotonic()
+            self._relay.oldest_entry = entry.entry_id
         try:
             if entry.payload is None:
                 raise BadEvent("expected the field `batch`")
@@ -295,15 +310,23 @@ class _Turn:
             self._trim_at = now + TRIM_EVERY_S
         if now >= self._renew_at:
             self._renew_at = now + RENEW_EVERY_S
-            if not self._lease.hold():
+            if self._lease.hold():
+                self._count()
+            else:
                 self._end("another relay took the lease while this one was slow")
         if self._owed and now > self._progress_at + SILENT_AFTER_S:
             self._relay.kafka_outage.failed(f"nothing confirmed for {SILENT_AFTER_S:.0f} s")
+
+    def _count(self) -> None:
+        self._relay.outbox_entries = self._outbox.length()
+        if not self._relay.outbox_entries and not self._owed:
+            self._relay.oldest_entry = None  # another relay may have dealt with what we left
 
     def _collect(self, now: float) -> None:
         owed = self._owed
         while owed and not owed[0].unconfirmed:
             self._done_through = owed.popleft().entry_id
+            self._relay.oldest_entry = owed[0].entry_id if owed else None
             self._progress_at = now
             self._relay.kafka_outage.over()
         if owed and owed[0].error is not None:

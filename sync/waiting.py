@@ -45,6 +45,11 @@ class Outage:
         self._began_at: float | None = None
         self._delay_s = FIRST_DELAY_S
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether the service did not answer when it was last needed."""
+        return self._began_at is not None
+
     def failed(self, error: object) -> float:
         """Note a try that failed; returns the seconds to wait before the next, with jitter."""
         if self._began_at is None:

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -81,8 +83,7 @@ def test_health_check_is_the_command_that_is_tested_below() -> None:
 
 
 def test_environment_of_the_image_is_known_to_the_scoreboard() -> None:
-    known = {variable for variable, _, _ in config.describe()}
-    known |= {"METRICS_HOST", "RELAY_METRICS_PORT", "PERSISTER_METRICS_PORT", "PATH"}
+    known = {variable for variable, _, _ in config.describe()} | {"PATH"}
     final = [rest for keyword, rest in instructions() if keyword == "ENV"][-1]
     names = {name for name in re.findall(r"(\w+)=", final) if not name.startswith("PYTHON")}
     assert {"HOST", "PORT"} <= names <= known
@@ -183,9 +184,12 @@ class AllProcess(Service):
 
     def __init__(self, directory: Path, brokers: str = "") -> None:
         self.port = free_port()
+        self.metrics_ports = {"server": self.port, "relay": free_port(), "persister": free_port()}
         nowhere = free_port()
         settings = {
             "PORT": str(self.port),
+            "RELAY_METRICS_PORT": str(self.metrics_ports["relay"]),
+            "PERSISTER_METRICS_PORT": str(self.metrics_ports["persister"]),
             "REDIS_PORT": str(nowhere),
             "KAFKA_BROKERS": brokers or f"{ADDRESS}:{nowhere}",
             "DATABASE_URL": f"postgresql://{ADDRESS}:{nowhere}/scoreboard?connect_timeout=2",
@@ -207,6 +211,15 @@ def command_line(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode()
     except OSError:
+        return ""
+
+
+def page(port: int, path: str) -> str:
+    """What a GET of it says; "" if nobody listens there."""
+    try:
+        with urllib.request.urlopen(f"http://{ADDRESS}:{port}{path}", timeout=5) as answer:
+            return str(answer.read().decode())
+    except urllib.error.URLError:
         return ""
 
 
@@ -232,6 +245,13 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AllProcess]
 def test_container_is_healthy_while_its_stores_are_away(everything: AllProcess) -> None:
     assert health(everything.settings) == (0, "ok\n")
     assert all(map(alive, map(everything.part, ("serve", "sync relay", "sync persister"))))
+
+
+def test_each_part_tells_its_own_figures_while_its_stores_are_away(everything: AllProcess) -> None:
+    own = {"server": "scoreboard_draining", "relay": "scoreboard_relay_events", "persister": "scoreboard_persister_lag"}
+    for name, port in everything.metrics_ports.items():
+        text = wait_until(lambda port=port: page(port, "/metrics"))  # type: ignore[misc]
+        assert {each for each, metric in own.items() if f"\n{metric}" in text} == {name}
 
 
 @pytest.mark.parametrize(("part", "name"), [("sync relay", "relay"), ("sync persister", "persister")])
