@@ -23,6 +23,8 @@ def plot(lines: Iterable[Figures], directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for part, points in parts.items():
         DRAWN[part](points)
+        for axes in pyplot.gcf().axes:
+            axes.set_ylim(bottom=0)  # half of it shall look like half
         pyplot.tight_layout()
         pyplot.savefig(directory / f"growth-{part}.png", dpi=DOTS_PER_IN)
         pyplot.close()
@@ -63,17 +65,16 @@ def _history(points: list[Figures]) -> None:
         for point in points:
             if point["layout"] == layout and point["how"] != "statement":
                 rates.plot([point["rows"] / 1e6], [point["events_per_s"]], "o", color=line.get_color())
-    rates.legend(fontsize="x-small")
+    rates.legend(fontsize="x-small", loc="lower left")
     for axes in (rates, reads, sizes):
         axes.set(xlabel="million rows")
 
 
 def _axes(*titles: str) -> Any:
-    """Axes side by side, each from zero: half is half."""
+    """Axes side by side."""
     _, all_axes = pyplot.subplots(1, len(titles), figsize=(WIDTH_IN, HEIGHT_IN))
     for axes, title in zip(all_axes, titles, strict=True):
         axes.set_title(title, fontsize="medium")
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     return all_axes
 

@@ -157,9 +157,9 @@ class Watcher(User):
         self.headers = authorization(new_name("watcher"))
 
     def on_stop(self) -> None:
-        """Leave."""
+        """Leave, without waiting for the server's answer: behind all that it has sent, that may be long."""
         if self.socket is not None:
-            self.socket.close(timeout=1)
+            self.socket.close(timeout=0)
 
     @task
     def watch(self) -> None:
