@@ -6,9 +6,11 @@
 #             line is one JSON object; without CLIENTS it prints a table and the last line is a list of such objects
 # make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses|outages
 # make audit  known holes in what is installed (asks PyPI), and docs/licences.md made anew
+# make bench-growth   cost by players, watchers and rows of history, with plots in docs/: BENCH_ARGS='--players 1e4,1e7'
+# make bench-sustain  the highest rate that everything keeps up with for SECONDS=300: BENCH_ARGS='--rate 8000'
 # Each sets up .venv first, where needed.
 
-.PHONY: run test check bench bench-live chaos audit setup setup-tests
+.PHONY: run test check bench bench-live chaos audit setup setup-tests bench-growth bench-sustain
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
@@ -44,3 +46,11 @@ setup:
 
 setup-tests:
 	@scripts/setup.sh embedded,test tests
+
+bench-growth:
+	@scripts/setup.sh embedded,test,bench
+	.venv/bin/python -m bench.growth $(BENCH_ARGS)
+
+bench-sustain:
+	@scripts/setup.sh embedded,test,bench
+	.venv/bin/python -m bench.sustain $(if $(SECONDS),--seconds $(SECONDS)) $(BENCH_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def growth(samples: Sequence[float]) -> Growth:
     if count < BLOCKS:
         raise ValueError(f"expected at least {BLOCKS} samples, got {count}")
     bounds = [count * block // BLOCKS for block in range(BLOCKS + 1)]
-    medians = [statistics.median(samples[first:last]) for first, last in zip(bounds, bounds[1:], strict=False)]
+    medians = [statistics.median(samples[first:last]) for first, last in itertools.pairwise(bounds)]
     slope, intercept = statistics.linear_regression(range(BLOCKS), medians)
     residual = sum((median - intercept - slope * block) ** 2 for block, median in enumerate(medians))
     spread = sum((block - (BLOCKS - 1) / 2) ** 2 for block in range(BLOCKS))

@@ -1,8 +1,9 @@
 """`make bench-sustain`: the highest rate of updates that everything together keeps up with, on this machine.
 
-POSTs come on a fixed schedule, whatever the answers do. A rate is sustained when all are answered well and neither the
-age of the outbox, nor the persister's lag, nor the delay of live updates grows. Short runs find the rate between one
-that is sustained and one that is not; a long one confirms it. Prints a Markdown table, writes bench/sustain.json.
+POSTs come on a fixed schedule, whatever the answers do. A rate is sustained when all are answered well, and neither their
+wait, nor the age of the outbox, nor the persister's lag, nor the delay of live updates grows. Short runs find the rate
+between one that is sustained and one that is not; a long one confirms it. Prints a Markdown table, writes
+bench/sustain.json.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from bench.generator import Generator, GeneratorError
 from bench.live import SETTINGS, percentile
 from bench.posters import Log
 from bench.processes import Meter
-from bench.slopes import growth, grows
+from bench.slopes import grows, growth
 from bench.stack import Stack
 from bench.words import commit, machine
 from server.embedded import ServiceError
 from tests.services import JWT_SECRET, UnavailableError
 
 RESULTS: Final = Path(__file__).with_suffix(".json")
-PLAYERS: Final = 10_000
+PLAYERS: Final = 2_000
+"""Every run brings new tokens; those of so many are known to the server before the run counts."""
+
 WATCHERS: Final = 10
 LOOK_EVERY_S: Final = 1.0
 WARM_UP_S: Final = 30.0
@@ -48,6 +51,9 @@ ALLOWED_MS: Final = 500.0
 
 ANSWERED: Final = 0.99
 """The share of the schedule that has to be answered within the run."""
+
+TRIES: Final = 2
+"""A short run that is not sustained may have met with a stranger's load."""
 
 PRECISION: Final = 1.05
 STEP_DOWN: Final = 0.95
@@ -73,24 +79,22 @@ def run(stack: Stack, rate: float, seconds: float) -> Figures:
         time.sleep(FILL_S)
         meter = Meter({**stack.measured, "posters": posters, "watchers": watchers})
         began_ns = time.monotonic_ns()
-        samples = _sampled(gauges, seconds)
+        samples = sampled(gauges, seconds)
         ended_ns = time.monotonic_ns()
         used_us, others_percent = meter.used_us(), meter.others_percent()
         posted = posters.ask("stop")
         log = _saved(posters)
     stack.settle()
-    counted_s = (ended_ns - began_ns) / 1e9
-    answers_ms = array("d")
-    for scheduled_ns, answered_ns in zip(log.scheduled_ns, log.answered_ns, strict=True):
-        if began_ns <= answered_ns < ended_ns:
-            answers_ms.append((answered_ns - scheduled_ns) / 1e6)
+    counted_s = (ended_ns - began_ns) / 1e9  # a little more than `seconds`: the last look takes time
+    answers = waits_ms(log, began_ns, ended_ns)
+    answers_ms = array("d", (wait_ms for second in answers for wait_ms in second))
     figures: Figures = {
         "rate": round(rate),
         "seconds": seconds,
-        "posts_per_s": round(len(answers_ms) / counted_s, 1),
+        "posts_per_s": round(len(answers_ms) / len(answers), 1),
         "post_p50_ms": percentile(answers_ms, 50),
         "post_p99_ms": percentile(answers_ms, 99),
-        **series(samples, rate),
+        **series(samples, answers, rate),
         "outbox_entries_max": max(sample.outbox_entries for sample in samples),
         "lag_events_max": max(sample.lag_events for sample in samples),
         "cores": {part: round(each_us / 1e6 / counted_s, 2) for part, each_us in used_us.items()},
@@ -101,7 +105,7 @@ def run(stack: Stack, rate: float, seconds: float) -> Figures:
     return figures
 
 
-def _sampled(gauges: Gauges, seconds: float) -> list[Sample]:
+def sampled(gauges: Gauges, seconds: float) -> list[Sample]:
     gauges.look()  # what came before does not count
     samples, began_s = [], time.monotonic()
     while (due_s := began_s + (len(samples) + 1) * LOOK_EVERY_S) <= began_s + seconds:
@@ -117,9 +121,21 @@ def _saved(posters: Generator) -> Log:
         return msgspec.msgpack.decode(log.read_bytes(), type=Log)
 
 
-def series(samples: list[Sample], rate: float) -> dict[str, Figures]:
+def waits_ms(log: Log, began_ns: int, ended_ns: int) -> list[list[float]]:
+    """For each second between, how long the POSTs answered in it had waited, from when the schedule wanted them."""
+    seconds: list[list[float]] = [[] for _ in range((ended_ns - began_ns) // 1_000_000_000)]
+    for scheduled_ns, answered_ns in zip(log.scheduled_ns, log.answered_ns, strict=True):
+        second = (answered_ns - began_ns) // 1_000_000_000
+        if 0 <= second < len(seconds):
+            seconds[second].append((answered_ns - scheduled_ns) / 1e6)
+    return seconds
+
+
+def series(samples: list[Sample], answers: list[list[float]], rate: float) -> dict[str, Figures]:
     """What must not grow, all of it in ms: its median, its worst, its gain, and whether that is growth."""
     measured = {
+        # A second without an answer is a second more for all that wait.
+        "wait": [statistics.median(second) if second else 1000.0 for second in answers],
         "outbox": [float(sample.outbox_ms) for sample in samples],
         "lag": [1000 * sample.lag_events / rate for sample in samples],
         "delay": [sample.delay_ms for sample in samples],
@@ -136,6 +152,7 @@ def series(samples: list[Sample], rate: float) -> dict[str, Figures]:
 
 
 MOVERS: Final = {
+    "wait": ("the wait for an answer", "server, Redis or the posters"),
     "outbox": ("the outbox", "relay or Kafka"),
     "lag": ("the persister's lag", "persister or PostgreSQL"),
     "delay": ("the delay of live updates", "relay, Kafka or the server's hub"),
@@ -148,7 +165,7 @@ def against(figures: Figures, failed: list[str]) -> list[str]:
     if figures["posts_per_s"] < ANSWERED * figures["rate"]:
         found.append(
             f"only {figures['posts_per_s']:,.0f} of {figures['rate']:,} POSTs/s were answered: "
-            "server, Redis or the posters are the limit"
+            f"{MOVERS['wait'][1]} are the limit"
         )
     for name, (what, movers) in MOVERS.items():
         if figures[name]["grows"]:
@@ -181,19 +198,20 @@ def measure(stack: Stack, seconds: float, short_s: float, first_rate: float) -> 
     run(stack, 1000, WARM_UP_S)
     runs: list[Figures] = []
 
-    def is_sustained(rate: float, run_s: float = short_s) -> bool:
+    def is_sustained(rate: float, run_s: float) -> bool:
         runs.append(run(stack, rate, run_s))
         return not runs[-1]["against"]
 
-    rate = search(is_sustained, first_rate)
+    rate = search(lambda rate: any(is_sustained(rate, short_s) for _ in range(TRIES)), first_rate)
     while rate >= 1 and not is_sustained(rate, seconds):
         rate *= STEP_DOWN
     return where | {"sustained_per_s": round(rate), "limit": limit(runs), "runs": runs}
 
 
 def limit(runs: list[Figures]) -> str:
-    """What stood against the lowest rate that was not sustained, and who used the cores then."""
-    beyond = [figures for figures in runs if figures["against"]]
+    """What stood against the lowest rate that was never sustained, and who used the cores then."""
+    highest = max((figures["rate"] for figures in runs if not figures["against"]), default=0)
+    beyond = [figures for figures in runs if figures["against"] and figures["rate"] > highest]
     if not beyond:
         return "none was found"
     figures = min(beyond, key=lambda figures: float(figures["rate"]))

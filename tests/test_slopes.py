@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from bench.slopes import growth, grows
+from bench.slopes import grows, growth
 
 
 def noise(seed: int, size: float) -> float:
