@@ -35,6 +35,9 @@ POSTING: Final = 10_000
 """Players who score while we measure, spread evenly over all; as many on every board, as each token has its cost."""
 
 CONNECTIONS: Final = 64
+FIRST: Final = 1000
+"""Players of the warm-up, whose memory does not count: nor does what Redis takes for anything else by then."""
+
 WARM_UP_S: Final = 10.0
 """A Kafka that has just started compiles itself first."""
 
@@ -49,9 +52,9 @@ Figures = dict[str, Any]
 def players(stack: Stack, sizes: list[int], seconds: float) -> Iterator[Figures]:
     """Updates and reads on boards of these sizes, one grown out of the other."""
     client = redis.Redis(stack.redis.host, stack.redis.port)
+    _post(stack, [player_name(number) for number in range(FIRST)], WARM_UP_S)
     begun_bytes = _used_bytes(client)
-    _post(stack, [player_name(number) for number in range(1000)], WARM_UP_S)
-    for before, size in itertools.pairwise([0, *sizes]):
+    for before, size in itertools.pairwise([FIRST, *sizes]):
         if (free := _free_bytes()) < (size - before) * BYTES_A_PLAYER:
             _say(f"{size:,} players would take more memory than the {free / 1e9:.1f} GB that are free: left out")
             return
@@ -64,7 +67,7 @@ def players(stack: Stack, sizes: list[int], seconds: float) -> Iterator[Figures]
         yield {
             "part": "players",
             "players": size,
-            "redis_bytes_per_player": round(held_bytes / size, 1),
+            "redis_bytes_per_player": round(held_bytes / (size - FIRST), 1),
             "redis_rss_bytes": resident_bytes(stack.redis.pid),
             "updates_per_s": round(load.per_second),
             "update_p50_ms": load.p50_us / 1000,
@@ -81,7 +84,6 @@ def _grow(stack: Stack, client: redis.Redis, before: int, size: int) -> None:
     """Fill the board up to `size`, with nobody there to relay it."""
     stack.relay.stop()
     began_s = time.monotonic()
-    # The warm-up's players score once more, which makes them as the others are.
     fill(client, range(before, size), Settings(rate_limit_per_second=0), lambda _: None)
     _say(f"{size:,} players are there after {time.monotonic() - began_s:.0f} s more")
     stack.relay.start()

@@ -1,8 +1,8 @@
 """`make bench-sustain`: the highest rate of updates that everything together keeps up with, on this machine.
 
-POSTs come on a fixed schedule, whatever the answers do. A rate is sustained when all are answered well, and neither their
-wait, nor the age of the outbox, nor the persister's lag, nor the delay of live updates grows. Short runs find the rate
-between one that is sustained and one that is not; a long one confirms it. Prints a Markdown table, writes
+POSTs come on a fixed schedule, whatever the answers do. A rate is sustained when all are answered well, and neither
+their wait, nor the age of the outbox, nor the persister's lag, nor the delay of live updates grows. Short runs find the
+rate between one that is sustained and one that is not; a long one confirms it. Prints a Markdown table, writes
 bench/sustain.json.
 """
 
