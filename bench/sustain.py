@@ -163,13 +163,10 @@ def against(figures: Figures, failed: list[str]) -> list[str]:
     """Why a rate is not sustained: nothing, if it is."""
     found = [f"POST failed: {failure[:200]}" for failure in failed[:1]]
     if figures["posts_per_s"] < ANSWERED * figures["rate"]:
-        found.append(
-            f"only {figures['posts_per_s']:,.0f} of {figures['rate']:,} POSTs/s were answered: "
-            f"{MOVERS['wait'][1]} are the limit"
-        )
+        found.append(f"only {figures['posts_per_s']:,.0f} of {figures['rate']:,} POSTs/s were answered")
     for name, (what, movers) in MOVERS.items():
         if figures[name]["grows"]:
-            found.append(f"{what} grew by {figures[name]['gained_ms']:,.0f} ms: {movers} are the limit")
+            found.append(f"{what} grew by {figures[name]['gained_ms']:,.0f} ms ({movers})")
     return found
 
 
@@ -205,13 +202,12 @@ def measure(stack: Stack, seconds: float, short_s: float, first_rate: float) -> 
     rate = search(lambda rate: any(is_sustained(rate, short_s) for _ in range(TRIES)), first_rate)
     while rate >= 1 and not is_sustained(rate, seconds):
         rate *= STEP_DOWN
-    return where | {"sustained_per_s": round(rate), "limit": limit(runs), "runs": runs}
+    return where | {"sustained_per_s": round(rate), "limit": limit(runs, round(rate)), "runs": runs}
 
 
-def limit(runs: list[Figures]) -> str:
-    """What stood against the lowest rate that was never sustained, and who used the cores then."""
-    highest = max((figures["rate"] for figures in runs if not figures["against"]), default=0)
-    beyond = [figures for figures in runs if figures["against"] and figures["rate"] > highest]
+def limit(runs: list[Figures], sustained: float) -> str:
+    """What stood against the lowest rate above the one that was sustained, and who used the cores then."""
+    beyond = [figures for figures in runs if figures["against"] and figures["rate"] > sustained]
     if not beyond:
         return "none was found"
     figures = min(beyond, key=lambda figures: float(figures["rate"]))

@@ -45,10 +45,10 @@ def test_each_thing_that_grows_is_named_with_what_moves_it() -> None:
     delay = [Sample(1, 10, 500, 100.0 * second) for second in range(20)]
     answers = [[100.0 * second] for second in range(20)]
     for samples, waits, said in (
-        (outbox, ANSWERS, "the outbox grew by 2,000 ms: relay or Kafka"),
-        (lag, ANSWERS, "the persister's lag grew by 2,000 ms: persister or PostgreSQL"),
+        (outbox, ANSWERS, "the outbox grew by 2,000 ms (relay or Kafka)"),
+        (lag, ANSWERS, "the persister's lag grew by 2,000 ms (persister or PostgreSQL)"),
         (delay, ANSWERS, "the delay of live updates grew by 2,000 ms"),
-        (QUIET, answers, "the wait for an answer grew by 2,000 ms: server, Redis"),
+        (QUIET, answers, "the wait for an answer grew by 2,000 ms (server, Redis"),
     ):
         [found] = against(figures(samples, waits), [])
         assert found.startswith(said)
@@ -74,12 +74,12 @@ def test_wait_counts_from_the_schedule_in_the_second_of_the_answer() -> None:
     assert waits_ms(log, 10 * S, 12 * S + S // 2) == [[500.0], [2000.0]]
 
 
-def test_limit_is_what_stood_against_the_lowest_rate_that_never_was_sustained() -> None:
+def test_limit_is_what_stood_against_the_lowest_rate_above_the_sustained_one() -> None:
     cores = {"server": 0.4, "PostgreSQL": 0.9}
 
     def run(rate: int, *against: str) -> dict[str, object]:
         return {"rate": rate, "against": list(against), "cores": cores, "others_percent": 0}
 
-    said = limit([run(800, "a stranger"), run(1000), run(4000, "all of it"), run(2000, "lag grew")])
+    said = limit([run(800, "a stranger"), run(1000), run(4000, "all of it"), run(2000, "lag grew")], 1000)
     assert said.startswith("at 2,000/s lag grew. Cores in use: 1.30 of ")
     assert "(PostgreSQL 0.90, server 0.40" in said
