@@ -8,9 +8,11 @@
 #             line is one JSON object; without CLIENTS it prints a table and the last line is a list of such objects
 # make chaos  kill everything, again and again, and count: CHAOS_SEED, CHAOS_KILLS, CHAOS_RATE; CHAOS_ARGS=losses|outages
 # make audit  known holes in what is installed (asks PyPI), and docs/licences.md made anew
+# make bench-growth   cost by players, watchers and rows of history, with plots in docs/: BENCH_ARGS='--players 1e4,1e7'
+# make bench-sustain  the highest rate that everything keeps up with for SECONDS=300: BENCH_ARGS='--rate 8000'
 # Each sets up .venv first, where needed.
 
-.PHONY: run test check bench bench-quick bench-live chaos audit setup setup-tests setup-bench
+.PHONY: run test check bench bench-quick bench-live bench-growth bench-sustain chaos audit setup setup-tests setup-bench
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
@@ -51,3 +53,9 @@ setup-tests:
 
 setup-bench:
 	@scripts/setup.sh embedded,test,bench bench
+
+bench-growth: setup-bench
+	.venv/bin/python -m bench.growth $(BENCH_ARGS)
+
+bench-sustain: setup-bench
+	.venv/bin/python -m bench.sustain $(if $(SECONDS),--seconds $(SECONDS)) $(BENCH_ARGS)

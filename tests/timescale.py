@@ -34,7 +34,8 @@ _numbers = itertools.count(1)
 class TimescaleServer(Service):
     """PostgreSQL with TimescaleDB loaded: TCP on 127.0.0.1, no password; its data is gone with `remove`."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, options: Mapping[str, str] | None = None) -> None:
+        """`options` are settings of PostgreSQL, for which the tests have others."""
         self.port = free_port()
         self._root = chroot()
         self._inside = f"/srv/cluster-{os.getpid()}-{next(_numbers)}"
@@ -47,7 +48,7 @@ class TimescaleServer(Service):
             "timescaledb.telemetry_level": "off",
             "max_connections": "200",
             "fsync": "off",
-        }
+        } | dict(options or {})
         argv = [*self._as_postgres(), f"{_BIN}/postgres", "-D", self._inside]
         for name, value in settings.items():
             argv += ["-c", f"{name}={value}"]
