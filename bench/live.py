@@ -213,10 +213,10 @@ def delays(
     return answers_ms, seen_ms, unseen
 
 
-def percentile(values: array[float], percent: int) -> float | None:
+def percentile(values: array[float], percent: float) -> float | None:
     """To a tenth; None of nothing."""
     ordered = sorted(values)
-    return round(ordered[min(len(ordered) * percent // 100, len(ordered) - 1)], 1) if ordered else None
+    return round(ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)], 1) if ordered else None
 
 
 def table(runs: Iterable[Figures]) -> str:
