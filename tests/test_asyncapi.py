@@ -11,11 +11,11 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from server.embedded import RedisServer, free_port
 from server.events import MAX_PLAYER, MAX_SCORE
 from server.messages import list_message, skipped_message
 from server.subscription import LIMITS, MAX_NAMED, decode_message
-from tests.client import connect, new_player, post, trust, wait_until_writable
+from tests.alone import server_alone
+from tests.client import new_player, post
 from tests.services import ROOT, ServerProcess
 from tests.wire import Wire
 
@@ -32,24 +32,8 @@ def check(message: dict[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    directory = tmp_path_factory.mktemp("asyncapi")
-    redis = RedisServer(directory / "redis", options={"appendonly": "no"})
-    settings = {
-        "REDIS_PORT": str(redis.port),
-        "KAFKA_BROKERS": f"127.0.0.1:{free_port()}",
-        "DATABASE_URL": f"postgresql://127.0.0.1:{free_port()}/none",
-    }
-    process = ServerProcess(directory, settings)
-    try:
-        redis.start()
-        with connect(redis) as client:
-            trust(client)
-        process.start()
-        wait_until_writable(process)
+    with server_alone(tmp_path_factory.mktemp("asyncapi")) as process:
         yield process
-    finally:
-        process.stop()
-        redis.stop()
 
 
 @pytest.mark.redis

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server import events, routes, subscription
-from server.embedded import RedisServer, free_port
 from server.errors import Problem
 from server.events import MAX_PLAYER, MAX_SCORE, BadEvent
-from tests.client import board, connect, get, new_player, post, token, trust, wait_until_writable
+from tests.alone import server_alone
+from tests.client import board, get, new_player, post, token
 from tests.services import ServerProcess
 from tests.wire import Wire, request_bytes
 
@@ -127,27 +127,8 @@ def test_any_outbox_entry_is_a_batch_or_refused(payload: bytes) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    directory = tmp_path_factory.mktemp("fuzz")
-    redis = RedisServer(directory / "redis", options={"appendonly": "no"})
-    none = free_port()
-    process = ServerProcess(
-        directory,
-        {
-            "REDIS_PORT": str(redis.port),
-            "KAFKA_BROKERS": f"127.0.0.1:{none}",
-            "DATABASE_URL": f"postgresql://127.0.0.1:{none}/none",
-        },
-    )
-    try:
-        redis.start()
-        with connect(redis) as client:
-            trust(client)
-        process.start()
-        wait_until_writable(process)
+    with server_alone(tmp_path_factory.mktemp("fuzz")) as process:
         yield process
-    finally:
-        process.stop()
-        redis.stop()
 
 
 def requests(rng: random.Random) -> list[bytes]:

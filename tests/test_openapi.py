@@ -14,40 +14,26 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from server.database import TOP_LIMIT
-from server.embedded import RedisServer, free_port
 from server.events import MAX_PLAYER, MAX_SCORE
-from tests.client import connect, get, new_player, post, post_body, token, trust, wait_until_writable
+from tests.alone import server_alone
+from tests.client import get, new_player, post, post_body, token
 from tests.services import ROOT, ServerProcess
 from tests.wire import Answer, Wire, once
 
 pytestmark = pytest.mark.redis
 BOARDS = ("main", "weekly")
+SETTINGS = {
+    "BOARDS": ",".join(BOARDS),
+    "AUTH_FAILURES_PER_MINUTE": "0",
+    "RATE_LIMIT_PER_SECOND": "2",
+    "RATE_LIMIT_BURST": "3",
+}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    directory = tmp_path_factory.mktemp("openapi")
-    redis = RedisServer(directory / "redis", options={"appendonly": "no"})
-    settings = {
-        "REDIS_PORT": str(redis.port),
-        "KAFKA_BROKERS": f"127.0.0.1:{free_port()}",
-        "DATABASE_URL": f"postgresql://127.0.0.1:{free_port()}/none",
-        "BOARDS": ",".join(BOARDS),
-        "AUTH_FAILURES_PER_MINUTE": "0",
-        "RATE_LIMIT_PER_SECOND": "2",
-        "RATE_LIMIT_BURST": "3",
-    }
-    process = ServerProcess(directory, settings)
-    try:
-        redis.start()
-        with connect(redis) as client:
-            trust(client)
-        process.start()
-        wait_until_writable(process)
+    with server_alone(tmp_path_factory.mktemp("openapi"), SETTINGS) as process:
         yield process
-    finally:
-        process.stop()
-        redis.stop()
 
 
 @pytest.fixture(scope="module")

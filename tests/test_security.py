@@ -17,17 +17,15 @@ from server.auth import CACHE_SIZE, MAX_TOKEN_BYTES, Authenticator
 from server.config import Settings
 from server.embedded import RedisServer, free_port
 from server.errors import Problem
+from tests.alone import server_alone
 from tests.client import (
     assert_problem,
     board,
-    connect,
     get,
     new_player,
     post,
     post_body,
     token,
-    trust,
-    wait_until_writable,
 )
 from tests.services import JWT_SECRET, ServerProcess, SyncProcess, wait_until
 from tests.wire import Wire, request_bytes
@@ -39,22 +37,7 @@ SLOW = 300
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One server for all; Kafka and the database are away."""
-    directory = tmp_path_factory.mktemp("security")
-    redis = RedisServer(directory / "redis", options={"appendonly": "no"})
-    settings = {
-        "REDIS_PORT": str(redis.port),
-        "KAFKA_BROKERS": f"127.0.0.1:{free_port()}",
-        "DATABASE_URL": f"postgresql://127.0.0.1:{free_port()}/none",
-    }
-    process = ServerProcess(directory, settings)
-    with contextlib.ExitStack() as stack:
-        stack.callback(redis.stop)
-        stack.callback(process.stop)
-        redis.start()
-        with connect(redis) as client:
-            trust(client)
-        process.start()
-        wait_until_writable(process)
+    with server_alone(tmp_path_factory.mktemp("security")) as process:
         yield process
 
 
