@@ -33,9 +33,7 @@ def run_load(stack: Stack, name: str, script: str, connections: int, seconds: in
     say(f"{name} for {seconds} s")
     meter, start_bytes = Meter(stack.measured), stack.server_bytes()
     load = wrk.run(stack.server.url + path, script, connections=connections, seconds=seconds)
-    used_us, others_percent = meter.used_us(), meter.others_percent()
-    owed, end_bytes = stack.outbox_entries(), stack.server_bytes()
-    relayed_s, persisted_s = stack.settle()
+    used_us, rest = _end(stack, meter)
     used_us |= {part: later_us for part, later_us in meter.used_us().items() if part in BEHIND_THE_ANSWER}
     return {
         "name": name,
@@ -44,8 +42,18 @@ def run_load(stack: Stack, name: str, script: str, connections: int, seconds: in
         "p99_ms": load.p99_us / 1000,
         "errors": load.failed + load.refused,
         "cpu_us": {part: used_us[part] / load.requests for part in MEASURED},
-        "others_percent": others_percent,
         "server_start_bytes": start_bytes,
+        **rest,
+    }
+
+
+def _end(stack: Stack, meter: Meter) -> tuple[dict[str, float], Figures]:
+    """CPU by process at a run's end, and what its last event took to get to the database."""
+    used_us, others_percent = meter.used_us(), meter.others_percent()
+    owed, end_bytes = stack.outbox_entries(), stack.server_bytes()
+    relayed_s, persisted_s = stack.settle()
+    return used_us, {
+        "others_percent": others_percent,
         "server_end_bytes": end_bytes,
         "outbox_left_entries": owed,
         "relayed_after_s": relayed_s,
@@ -73,9 +81,7 @@ def run_latency(stack: Stack, seconds: int) -> Figures:
     environ = {**os.environ, "JWT_SECRET": JWT_SECRET}
     done = subprocess.run(argv, check=True, stdout=subprocess.PIPE, env=environ, cwd=ROOT)
     seen: dict[str, float] = json.loads(done.stdout)
-    used_us, others_percent = meter.used_us(), meter.others_percent()
-    owed, end_bytes = stack.outbox_entries(), stack.server_bytes()
-    relayed_s, persisted_s = stack.settle()
+    used_us, rest = _end(stack, meter)
     return {
         "name": name,
         "per_second": seen["per_second"],
@@ -86,12 +92,8 @@ def run_latency(stack: Stack, seconds: int) -> Figures:
         "errors": 0,  # the generator stops at the first
         "unseen": seen["unseen"],
         "cpu_us": {part: used_us[part] / seen["updates"] for part in MEASURED},
-        "others_percent": others_percent,
         "server_start_bytes": start_bytes,
-        "server_end_bytes": end_bytes,
-        "outbox_left_entries": owed,
-        "relayed_after_s": relayed_s,
-        "persisted_after_s": persisted_s,
+        **rest,
     }
 
 
