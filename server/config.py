@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -311,6 +312,11 @@ class Settings:
         500,
         "an answer that took longer is logged, with its parts; 0: none",
     )
+
+    @property
+    def slow_request_s(self) -> float:
+        """What an answer may take before it is logged."""
+        return self.slow_request_ms / 1000 or math.inf
 
     @property
     def dead_letter_topic(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import math
+import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -94,6 +95,11 @@ class Answers:
         self.seconds = Histogram(LATENCY_BOUNDS_S)
 
 
+def age_s(unix_ms: int | None) -> float:
+    """How long ago that was; 0 for None, and for what a clock that is ahead has written."""
+    return 0.0 if unix_ms is None else max(0.0, time.time() - unix_ms / 1000)
+
+
 def counter(name: str, meaning: str, value: float) -> Metric:
     """A counter without labels; `name` without its `_total`."""
     return CounterMetricFamily(name, meaning, value=value)
@@ -118,7 +124,7 @@ def answers(by_route: Iterable[tuple[str, Answers]]) -> Iterator[Metric]:
     )
     for route, each in by_route:
         by_status = Counter({b"200": each.ok})
-        by_status.update(each.by_status)
+        by_status.update(dict(each.by_status))  # a copy at once: the loop may be adding to it
         for status, count in by_status.items():
             requests.add_metric((route, status.decode()), count)
         for kind, count in list(each.problems.items()):

@@ -20,7 +20,7 @@ from server.config import Settings
 from server.errors import CloseCode, Problem
 from server.event_feed import EventFeed
 from server.hub import Hub, Publish, Read, Send, Shard, Watcher
-from server.instruments import LATENCY_BOUNDS_S, Histogram
+from server.instruments import LATENCY_BOUNDS_S, Histogram, age_s
 from server.keys import BoardsKeys
 from server.messages import error_message, status_message
 from server.pages import entries_of
@@ -199,7 +199,7 @@ class Live:
         """Events for these (board, player) arrived, the oldest of them applied at that Unix time."""
         self.changes += len(changes)
         if oldest_ms is not None:
-            self.feed_delay_s.observe(max(0.0, time.time() - oldest_ms / 1000))
+            self.feed_delay_s.observe(age_s(oldest_ms))
         self._hub.mark(changes, oldest_ms)
         self._schedule()
 

@@ -6,7 +6,6 @@ An update takes this way: `update_score` → its body is complete → `_submit` 
 from __future__ import annotations
 
 import asyncio
-import math
 import re
 import time
 import urllib.parse
@@ -69,7 +68,7 @@ class Routes:
     def register(self, server: Server, scores: Scores | Shards, live: Live, metrics: Metrics) -> None:
         """Add every route."""
         self._server, self.scores, self.live, self._metrics = server, scores, live, metrics
-        server.slow_s = self._settings.slow_request_ms / 1000 or math.inf
+        server.slow_s = self._settings.slow_request_s
         if "*" in self._settings.cors_origins:
             server.head_lines = (
                 f"\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {_EXPOSED}".encode()

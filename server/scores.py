@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -92,7 +91,7 @@ class Scores:
         self.outbox_bytes = 0
         self.outbox_oldest_ms: int | None = None
         self.figures = figures or RedisFigures()
-        self._slow_s = settings.slow_request_ms / 1000 or math.inf
+        self._slow_s = settings.slow_request_s
         self._settings = settings
         self._keys = keys
         self._verify = verify

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from server.instruments import counter, gauge, histogram
+from server.instruments import age_s, counter, gauge, histogram
 from sync.persister import Persister
 from sync.relay import Relays
 
@@ -33,7 +32,7 @@ class RelayMetrics(Collector):
         entries = sum(relay.outbox_entries for relay in relays)
         yield gauge("scoreboard_relay_outbox_entries", "Entries in the outboxes that it relays.", entries)
         oldest = [relay.oldest_entry for relay in relays]
-        lag_s = max(_age_s(int(entry.split("-")[0]) if entry else None) for entry in oldest)
+        lag_s = max(age_s(int(entry.split("-")[0]) if entry else None) for entry in oldest)
         yield gauge("scoreboard_relay_lag_seconds", "Age of the oldest entry not confirmed by Kafka; 0: none.", lag_s)
         redis_up = not any(relay.redis_outage.goes_on for relay in relays)
         yield gauge("scoreboard_relay_redis_up", "Whether Redis answered when it was last needed.", redis_up)
@@ -55,7 +54,7 @@ class PersisterMetrics(Collector):
         yield histogram("scoreboard_persister_batch_seconds", "What the database took for a batch.", it.batch_s)
         yield gauge("scoreboard_persister_lag_events", "Records to the end of what it reads from Kafka.", it.lag_events)
         # In this order: the persister sets the one before it clears the other.
-        lag_s = max(_age_s(it.in_hand_since_ms), _age_s(it.behind_since_ms))
+        lag_s = max(age_s(it.in_hand_since_ms), age_s(it.behind_since_ms))
         yield gauge("scoreboard_persister_lag_seconds", "Age of the oldest event not stored; 0: none.", lag_s)
         yield counter("scoreboard_persister_dead_letters", "Records put aside: they cannot be stored.", it.dead_letters)
         voids = it.void_events
@@ -67,7 +66,3 @@ class PersisterMetrics(Collector):
         yield gauge("scoreboard_persister_database_up", "Whether the database answered when last needed.", database_up)
         kafka_up = not it.kafka_outage.goes_on
         yield gauge("scoreboard_persister_kafka_up", "Whether Kafka answered when it was last needed.", kafka_up)
-
-
-def _age_s(since_ms: int | None) -> float:
-    return 0.0 if since_ms is None else max(0.0, time.time() - since_ms / 1000)
