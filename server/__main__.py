@@ -121,7 +121,7 @@ def _scores(settings: config.Settings, database: Database, routes: Routes) -> tu
             settings,
             keys,
             Verifier(settings, keys, database, figures=figures).verify,
-            on_outcome=routes.on_outcome,
+            on_outcomes=routes.on_outcomes,
             on_problem=routes.on_problem,
             on_page=routes.on_page,
             locate=locate,

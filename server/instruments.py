@@ -10,6 +10,7 @@ import importlib.metadata
 import itertools
 import math
 import time
+from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -47,7 +48,7 @@ class Histogram:
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
+        self.counts = array("Q", [0] * (len(bounds) + 1))
         self.sum = 0.0
 
     def observe(self, value: float) -> None:

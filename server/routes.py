@@ -1,6 +1,7 @@
 """One function per endpoint: what comes in is checked here, and what goes out is put into words here.
 
-An update takes this way: `update_score` → its body is complete → `_submit` → Scores → `on_outcome`.
+An update takes this way: `update_scores`, those that arrived together (or `update_score`, one that came alone, and then
+its body) → `_submit` → Scores → `on_outcomes`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Final
 import msgspec
 import psycopg
 
+from server.answers import JSON, OK
 from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
 from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.bodies import Change, Result
@@ -29,7 +31,8 @@ from server.openapi import MAX_IDEMPOTENCY_KEY, OPENAPI_PATH, document
 from server.pages import page_json
 from server.scores import Scores
 from server.shards import Shards
-from server.uws import JSON, OK, Handler, Request, Server
+from server.uws import Handler, Request, Server
+from server.uws_native import Flight, Post
 from server.web_files import WEB, WebFile, read_files
 
 MAX_BODY_BYTES: Final = 16 * 1024
@@ -38,9 +41,11 @@ LONGEST_TARGET: Final = 128
 """Longest path and query to remember, in bytes: any that is asked for in earnest is shorter."""
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
+_VARY: Final = b"\r\nVary: Origin"
+_EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
+_ANY_ORIGIN: Final = f"\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {_EXPOSED}".encode()
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
 _FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
-_EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
 
 
 _decode_change = msgspec.json.Decoder(Change).decode
@@ -69,12 +74,13 @@ class Routes:
         """Add every route."""
         self._server, self.scores, self.live, self._metrics = server, scores, live, metrics
         server.slow_s = self._settings.slow_request_s
-        if "*" in self._settings.cors_origins:
-            server.head_lines = (
-                f"\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {_EXPOSED}".encode()
-            )
-        self._route("/update-score", {"POST": self.update_score})
-        self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard})
+        server.by_origin = "*" not in self._settings.cors_origins
+        server.head_lines = _VARY if server.by_origin else _ANY_ORIGIN
+        self._route(
+            "/update-score", {"POST": self.update_score},
+            on_posts=self.update_scores, max_body_bytes=MAX_BODY_BYTES, reads_forwarded=self._needs_forwarded,
+        )  # fmt: skip
+        self._route("/leaderboard", {"GET": self.leaderboard, "HEAD": self.leaderboard}, on_flight=self.leaderboard_for)
         for path, handler in (("/healthz", self.healthz), ("/readyz", self.readyz)):
             self._route(path, {"GET": handler, "HEAD": handler})
         if not self._settings.metrics_port:
@@ -92,17 +98,24 @@ class Routes:
     def update_score(self, request: Request) -> None:
         """POST /update-score"""
         forwarded_for = request.joined_header(b"x-forwarded-for") if self._needs_forwarded else b""
-        request.context = (request.header(b"authorization"), forwarded_for, request.header(b"idempotency-key"))
-        request.read_body(MAX_BODY_BYTES, self._submit)
+        request.context = (request.header(b"authorization"), request.header(b"idempotency-key"), forwarded_for)
+        request.read_body(MAX_BODY_BYTES, self._submit_alone)
 
-    def _submit(self, request: Request) -> None:
-        try:
-            self._submit_checked(request)
-        except Problem as problem:
-            self.on_problem(request, problem)
+    def _submit_alone(self, request: Request) -> None:
+        self._submit(request, *request.context)
 
-    def _submit_checked(self, request: Request) -> None:
-        authorization, forwarded_for, raw_key = request.context
+    def update_scores(self, posts: list[Post]) -> None:
+        """POST /update-score, several at once."""
+        submit = self._submit
+        for post in posts:
+            try:
+                submit(post, post.authorization, post.idempotency_key, post.forwarded_for)
+            except Problem as problem:
+                post.problem(problem)
+            except Exception as error:
+                post.fail(error)
+
+    def _submit(self, request: Request | Post, authorization: bytes, raw_key: bytes, forwarded_for: bytes) -> None:
         caller = self._caller(request, authorization, forwarded_for)
         change = parse_change(request.body)
         board = self._default_board if change.board is msgspec.UNSET else change.board
@@ -119,8 +132,21 @@ class Routes:
         request.context = player
         self.scores.submit(board, player, delta, subject, 2 if caller.is_writer else 1, request, key)
 
-    def on_outcome(self, request: Request, outcome: int, value: int) -> None:
-        """Scores: an update was decided."""
+    def on_outcomes(self, requests: list[Request | Post], results: list[int]) -> None:
+        """Scores: updates were decided; `results` are (outcome, value) of each, flat."""
+        posts: list[Post] = []
+        bodies: list[bytes] = []
+        pairs = iter(results)
+        for request, outcome, value in zip(requests, pairs, pairs, strict=True):
+            if outcome == Outcome.APPLIED and type(request) is Post:
+                posts.append(request)
+                bodies.append(_encode(Result(request.context, value)))
+            else:
+                self._on_outcome(request, outcome, value)
+        if posts and self._server.waiting is not None:
+            self._server.waiting.answer_posts(posts, bodies, OK)
+
+    def _on_outcome(self, request: Request | Post, outcome: int, value: int) -> None:
         if outcome == Outcome.APPLIED:
             request.answer(OK, _encode(Result(request.context, value)))
         elif outcome == Outcome.REPLAYED:
@@ -139,7 +165,7 @@ class Routes:
         else:
             self.on_problem(request, not_applied("the board is damaged and being rebuilt"))
 
-    def on_problem(self, request: Request, problem: Problem) -> None:
+    def on_problem(self, request: Request | Post, problem: Problem) -> None:
         """Scores: an update was refused."""
         request.problem(problem)
 
@@ -151,25 +177,31 @@ class Routes:
             page = parse_page(request.query, self._settings.boards, self._default_board)
             if len(self._pages) < TOP_LIMIT and len(target) <= LONGEST_TARGET:
                 self._pages[target] = page
+                self._server.share(target, page)
         request.context = page
         self.scores.read_page(*page, request)
 
-    def on_page(self, request: Request, page: bytes | None) -> None:
+    def leaderboard_for(self, flight: Flight) -> None:
+        """GET /leaderboard for targets that were asked for before."""
+        board, limit = flight.context
+        self.scores.read_page(board, limit, flight)
+
+    def on_page(self, reader: Request | Flight, page: bytes | None) -> None:
         """Scores: a page was read, or Redis cannot be read."""
         if page is None:
-            self._spawn(self._leaderboard_from_database(request))
+            self._spawn(self._leaderboard_from_database(reader))
             return
-        request.answer(OK, page)
+        reader.answer(OK, page)
 
-    async def _leaderboard_from_database(self, request: Request) -> None:
-        board, limit = request.context
+    async def _leaderboard_from_database(self, reader: Request | Flight) -> None:
+        board, limit = reader.context
         try:
             page = page_json(await self._database.top(board, limit))
         except (psycopg.Error, OSError, TimeoutError):
             detail = "neither Redis nor the database can be read now"
-            request.problem(Problem(503, detail, kind="unavailable", headers=(("Retry-After", "1"),)))
+            reader.problem(Problem(503, detail, kind="unavailable", headers=(("Retry-After", "1"),)))
             return
-        request.answer(_FROM_DATABASE, page)
+        reader.answer(_FROM_DATABASE, page)
 
     def healthz(self, request: Request) -> None:
         """GET /healthz: the process is alive."""
@@ -210,7 +242,9 @@ class Routes:
 
     # ------------------------------------------------------------------ shared steps
 
-    def _route(self, path: str, handlers: dict[str, Handler], *, upgrade: bool = False) -> None:
+    def _route(
+        self, path: str, handlers: dict[str, Handler], *, upgrade: bool = False, **together: Any
+    ) -> None:  # fmt: skip
         allowed = ", ".join([*(("GET", "HEAD") if upgrade else handlers), "OPTIONS"])
 
         def other_method(request: Request) -> None:
@@ -222,7 +256,7 @@ class Routes:
                 raise Problem(405, f"expected one of {allowed}", headers=(("Allow", allowed),))
 
         cors = {method: self._with_cors(handler) for method, handler in {**handlers, "*": other_method}.items()}
-        self._server.route(path, cors)
+        self._server.route(path, cors, **together)
 
     def _with_cors(self, handler: Handler) -> Handler:
         """Let browsers of the allowed origins see the answer; `*` is the same for all and set once."""
@@ -232,10 +266,9 @@ class Routes:
 
         def handle(request: Request) -> None:
             origin = request.header(b"origin").decode("latin-1")
-            lines = "\r\nVary: Origin"
             if origin in origins:
-                lines += f"\r\nAccess-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: {_EXPOSED}"
-            request.head_lines = lines.encode()
+                lines = f"\r\nAccess-Control-Allow-Origin: {origin}\r\nAccess-Control-Expose-Headers: {_EXPOSED}"
+                request.head_lines += lines.encode()
             handler(request)
 
         return handle
@@ -250,7 +283,7 @@ class Routes:
             b"",
         )
 
-    def _caller(self, request: Request, authorization: bytes, forwarded_for: bytes) -> Caller:
+    def _caller(self, request: Request | Post, authorization: bytes, forwarded_for: bytes) -> Caller:
         try:
             return self._authenticator.caller(authorization)
         except Problem as problem:
@@ -263,7 +296,7 @@ class Routes:
             headers = (("Retry-After", str(int(wait_s) + 1)),)
             raise Problem(429, detail, headers=headers, close=True) from problem
 
-    def _address(self, request: Request, forwarded_for: bytes) -> str:
+    def _address(self, request: Request | Post, forwarded_for: bytes) -> str:
         return self._client.of(request.peer, forwarded_for.decode("latin-1"))
 
     def _limited(self, wait_us: int) -> Problem:

@@ -46,13 +46,24 @@ _log = logging.getLogger(__name__)
 
 
 class Waiter(Protocol):
-    """Whoever waits for an answer."""
+    """Whoever waits for the answer to an update."""
 
     received_s: float
     parts: str
 
 
-OnOutcome = Callable[[Any, int, int], None]
+class Reader(Protocol):
+    """Whoever waits for a page, perhaps several together."""
+
+    received_s: float
+
+    def depart(self) -> None:
+        """Take in nobody else: the page is being read."""
+
+
+OnOutcomes = Callable[[list[Any], list[int]], None]
+"""Takes those who wait, and (outcome, value) of each, flat."""
+
 OnProblem = Callable[[Any, Problem], None]
 OnPage = Callable[[Any, bytes | None], None]
 
@@ -79,7 +90,7 @@ class Scores:
         keys: Keys,
         verify: Verify,
         *,
-        on_outcome: OnOutcome,
+        on_outcomes: OnOutcomes,
         on_problem: OnProblem,
         on_page: OnPage,
         locate: Locate | None = None,
@@ -95,7 +106,7 @@ class Scores:
         self._settings = settings
         self._keys = keys
         self._verify = verify
-        self._on_outcome = on_outcome
+        self._on_outcomes = on_outcomes
         self._on_problem = on_problem
         self._on_page = on_page
         self._deadline_s = settings.request_deadline_ms / 1000
@@ -137,7 +148,7 @@ class Scores:
         waiter: Waiter,
         key: IdempotencyKey | None = None,
     ) -> None:
-        """Apply one change; `on_outcome` or `on_problem` will be called once with `waiter`.
+        """Apply one change; `on_outcomes` or `on_problem` will be called once with `waiter`.
 
         `limit` says which rule counts for `subject`: 1 that of players, 2 that of game servers.
         """
@@ -163,15 +174,16 @@ class Scores:
         if lane.in_flight is None:
             self._schedule_flush()
 
-    def read_page(self, board: str, limit: int, waiter: Waiter) -> None:
-        """Read a board's first `limit` players; `on_page` will be called once with `waiter`."""
+    def read_page(self, board: str, limit: int, reader: Reader) -> None:
+        """Read a board's first `limit` players; `on_page` will be called once with `reader`."""
         if self.epoch is None:
-            self._on_page(waiter, None)
+            reader.depart()
+            self._on_page(reader, None)
             return
         page = self._pages.get((board, limit))
         if page is None:
             page = self._pages[board, limit] = Page(self._keys.board(board), limit)
-        page.waiters.append(waiter)
+        page.waiters.append(reader)
         if not page.in_flight:
             self._schedule_flush()
 
@@ -260,12 +272,8 @@ class Scores:
             self._schedule_flush()
 
     def _report(self, waiters: list[Any], results: list[int]) -> None:
-        on_outcome, pairs = self._on_outcome, iter(results)
-        damaged = False
-        for waiter, outcome, value in zip(waiters, pairs, pairs, strict=True):
-            on_outcome(waiter, outcome, value)
-            damaged |= outcome == Outcome.DAMAGED
-        if damaged:
+        self._on_outcomes(waiters, results)
+        if Outcome.DAMAGED in results[::2]:
             self._distrust("a player's score and place on the board do not both exist")
 
     def _refuse(self, batch: Batch, why: str) -> None:
@@ -279,6 +287,8 @@ class Scores:
     def _send_read(self, page: Page) -> None:
         assert self._connection is not None
         page.in_flight, page.waiters = page.waiters, []
+        for reader in page.in_flight:
+            reader.depart()
         self._connection.send(page.command, lambda reply: self._on_page_reply(page, reply))
 
     def _on_page_reply(self, page: Page, reply: Any) -> None:
@@ -288,8 +298,8 @@ class Scores:
             if reply != page.reply:
                 page.reply, page.json = reply, page_json(entries_of(reply))
             json = page.json
-        for waiter in readers:
-            self._on_page(waiter, json)
+        for reader in readers:
+            self._on_page(reader, json)
         if page.waiters:
             self._schedule_flush()
 
@@ -438,8 +448,9 @@ class Scores:
         while late < len(page.waiters) and page.waiters[late].received_s < expired_s:
             late += 1
         readers, page.waiters = page.waiters[:late], page.waiters[late:]
-        for waiter in readers:
-            self._on_page(waiter, None)
+        for reader in readers:
+            reader.depart()
+            self._on_page(reader, None)
 
 
 def _note_parts(batch: Batch, now_s: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from server.batches import IdempotencyKey
 from server.instruments import RedisFigures
 from server.keys import tag_of
-from server.scores import BoardCommand, Scores, Waiter
+from server.scores import BoardCommand, Reader, Scores, Waiter
 
 
 class Shards:
@@ -78,9 +78,9 @@ class Shards:
         """See Scores."""
         self._by_board[board].submit(board, player, delta, subject, limit, waiter, key)
 
-    def read_page(self, board: str, limit: int, waiter: Waiter) -> None:
+    def read_page(self, board: str, limit: int, reader: Reader) -> None:
         """See Scores."""
-        self._by_board[board].read_page(board, limit, waiter)
+        self._by_board[board].read_page(board, limit, reader)
 
     def read(self, commands: list[BoardCommand], on_replies: Callable[[list[Any] | None], None]) -> None:
         """See Scores; the replies of a shard that cannot be read are None."""

@@ -1,4 +1,4 @@
-"""The only module that touches uWebSockets; everything else sees Server, Request and Socket.
+"""uWebSockets, which only this module, uws_native.py and its C touch: everything else sees Server, Request and Socket.
 
 socketify's wheel carries the library; its Python wrappers are not used, because they keep C pointers alive
 through reference cycles and abort the process under load. Here the C side only ever holds an integer token.
@@ -18,12 +18,10 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import enum
-import itertools
 import logging
 import math
 import os
 import re
-import secrets
 import signal
 import socket
 import struct
@@ -37,9 +35,11 @@ from typing import Any, Final, NoReturn, Protocol, cast
 import _cffi_backend
 import uvloop.loop
 
+from server import uws_native
+from server.answers import ID_PREFIX, JSON, OK, PROBLEM_JSON, fault, head_of, log_slow, tokens
 from server.errors import CloseCode, Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
-from server.logs import Sparing
+from server.uws_native import OnFlight, OnPosts, Waiting
 
 if sys.platform != "linux":
     raise UwsError("uWebSockets shares uvloop's loop through Linux's symbol lookup: expected Linux")
@@ -54,13 +54,9 @@ except OSError as error:
     raise UwsError(f"socketify's library cannot be opened (x86-64 and libuv1 are needed): {error}") from error
 
 _log = logging.getLogger(__name__)
-_slow = Sparing()
 
 SSL: Final = 0
 TEXT: Final = 1
-OK: Final = b"200 OK"
-JSON: Final = b"application/json"
-PROBLEM_JSON: Final = b"application/problem+json"
 
 BACKLOG: Final = 4096
 """Connections waiting to be accepted; uSockets asks for 512, too few for a reconnect storm."""
@@ -103,8 +99,6 @@ DISCARD_BYTES: Final = 4 * 2**20
 
 _poll = ctypes.CDLL(library_path).us_poll_fd
 _poll.argtypes, _poll.restype = [ctypes.c_void_p], ctypes.c_int
-_tokens = itertools.count(1)
-_ID_PREFIX: Final = secrets.token_hex(4).encode() + b"-"
 _GOOD_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 Handler = Callable[["Request"], None]
@@ -129,6 +123,7 @@ _send: Final = lib.socketify_res_cork_send
 _now_s: Final = time.monotonic
 _VOID_POINTER: Final = ffi.typeof("void *")
 _RESPONSE: Final = ffi.typeof("uws_res_t *")
+_METHOD_HANDLER: Final = ffi.typeof("uws_method_handler")
 _UINTPTR: Final = ffi.typeof("uintptr_t")
 _view_pointer: Final = ffi.new("const char **")  # one is enough: it is read before the next call
 
@@ -210,7 +205,7 @@ class Request:
     @property
     def id(self) -> bytes:
         """What the client calls this request (X-Request-Id), or else what we call it."""
-        return self._given_id or b"%b%x" % (_ID_PREFIX, self.token)
+        return self._given_id or b"%b%x" % (ID_PREFIX, self.token)
 
     @property
     def method(self) -> str:
@@ -267,11 +262,11 @@ class Request:
         else:
             answers.by_status[head[:3]] += 1
         if seconds > server.slow_s:
-            self._log_slow(head[:3], seconds)
+            log_slow(self.id, head[:3], seconds, getattr(self, "parts", ""))
         if self._given_id:
             head = b"%b%b\r\nX-Request-Id: %b" % (head, self.head_lines, self._given_id)
         else:  # `id`, in one go
-            head = b"%b%b\r\nX-Request-Id: %b%x" % (head, self.head_lines, _ID_PREFIX, self.token)
+            head = b"%b%b\r\nX-Request-Id: %b%x" % (head, self.head_lines, ID_PREFIX, self.token)
         if self.is_head and body is not None:
             # A body would be taken for the beginning of the next answer.
             head, body = head + b"\r\nContent-Length: %d" % len(body), None
@@ -288,15 +283,11 @@ class Request:
         """Answer with a problem document."""
         if not self.done:
             self._answers.problems[problem.kind] += 1
-        fields = "".join(f"\r\n{name}: {value}" for name, value in problem.headers)
-        head = f"{problem.status} {problem.title}{fields}".encode()
-        return self.answer(head, problem.body(), PROBLEM_JSON, close=problem.close)
+        return self.answer(head_of(problem), problem.body(), PROBLEM_JSON, close=problem.close)
 
     def fail(self, error: BaseException) -> bool:
         """Answer a fault of ours: 500, and the log has the rest under the request's id."""
-        name = self.id.decode()
-        _log.error("request %s failed", name, exc_info=error, extra={"request_id": name})
-        return self.problem(Problem(500, f"an internal error, logged as request {name}"))
+        return self.problem(fault(self.id, error))
 
     def guard(self, handler: Handler) -> None:
         """Run `handler`; whatever it raises becomes the answer."""
@@ -315,10 +306,13 @@ class Request:
         """The client is gone: the C side has freed the response."""
         self.done = True
 
+    def depart(self) -> None:
+        """What a Flight does; this one travels alone."""
+
     def _begin(self, handler: Handler) -> None:
         # Held before anything is answered: uWebSockets takes an answer that it cannot write for none, and ends the
         # process unless somebody waits for the abort.
-        self.token = token = next(_tokens)
+        self.token = token = next(tokens)
         self._server.pending[token] = self
         self._user_data = user_data = _cast(_VOID_POINTER, token)
         _wait_for_abort(SSL, self._res, _on_aborted, user_data)
@@ -329,17 +323,6 @@ class Request:
         except Exception as error:
             self._refuse(error)
         self._req = None
-
-    def _log_slow(self, status: bytes, seconds: float) -> None:
-        if not _slow.admits():
-            return
-        name, parts = self.id.decode(), getattr(self, "parts", "")
-        parts = f" ({parts})" if parts else ""
-        more = f"; and {others} others that are not logged" if (others := _slow.left_out()) else ""
-        _log.warning(
-            "request %s took %d ms%s until it was answered with %s%s",
-            name, 1000 * seconds, parts, status.decode(), more, extra={"request_id": name},
-        )  # fmt: skip
 
     def _receive(self, chunk: bytes, last: bool) -> None:
         if last and not self._received and len(chunk) <= self._limit:  # as nearly always: all of it at once
@@ -447,6 +430,9 @@ class Server:
         self.sockets: dict[int, Socket] = {}
         self.draining = False
         self.head_lines = b""
+        """Header lines, each after a CRLF, that go with whatever is answered (CORS)."""
+        self.by_origin = False
+        """Whether an answer depends on the Origin of its request: `head_lines` are those of none. Set before routes."""
         self.slow_s = math.inf
         """An answer that took longer than this is logged."""
         self.answers: dict[str, Answers] = {}
@@ -463,16 +449,45 @@ class Server:
         self._app = lib.uws_create_app(SSL, options[0])
         on_connection = self._keep("void(uws_res_t*, int, void*)", self._count_connection)
         lib.uws_filter(SSL, self._app, on_connection, ffi.NULL)
+        native = uws_native.load(library_path)
+        self.waiting = Waiting(native, self) if native is not None else None
+        """The requests that wait in C, where that was built."""
         _running.append(self)
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
 
-    def route(self, path: str, handlers: Mapping[str, Handler]) -> None:
-        """Serve `path`: one handler per method; HEAD and others fall to `*` if it is there."""
+    def route(
+        self,
+        path: str,
+        handlers: Mapping[str, Handler],
+        *,
+        on_flight: OnFlight | None = None,
+        on_posts: OnPosts | None = None,
+        max_body_bytes: int = 0,
+        reads_forwarded: bool = False,
+    ) -> None:
+        """Serve `path`: one handler per method; HEAD and others fall to `*` if it is there.
+
+        `on_flight` gets GETs of the targets that were given to `share`, and `on_posts`, which one route may have,
+        POSTs with a body of 1 to `max_body_bytes`; handlers get what is left, and all where C was not built.
+        """
         methods = {"GET": lib.uws_app_get, "POST": lib.uws_app_post, "HEAD": lib.uws_app_head}
+        answers, waiting = self._answers_of(path), self.waiting
         for method, handler in handlers.items():
             register = lib.uws_app_any if method == "*" else methods[method]
-            callback = self._method_callback(method, handler, self._answers_of(path))
-            register(SSL, self._app, path.encode(), callback, ffi.NULL)
+            callback, user_data = self._method_callback(method, handler, answers), ffi.NULL
+            native = None
+            if waiting is not None and method == "GET" and on_flight is not None:
+                native = waiting.flights(_token(callback), on_flight, answers)
+            elif waiting is not None and method == "POST" and on_posts is not None:
+                native = waiting.posts(_token(callback), on_posts, answers, max_body_bytes, reads_forwarded)
+            if native is not None:
+                callback, user_data = _cast(_METHOD_HANDLER, native.function), _user_data(native.user_data)
+            register(SSL, self._app, path.encode(), callback, user_data)
+
+    def share(self, target: bytes, context: Any) -> None:
+        """From now on, GETs of `target` share answers, where their route does; their flights have this `context`."""
+        if self.waiting is not None:
+            self.waiting.share(target, context)
 
     def _answers_of(self, path: str) -> Answers:
         # What clients ask for is not ours to bound: all that is no route counts as one.
@@ -514,7 +529,7 @@ class Server:
                 continue
             if busy is None:
                 busy = {_token(request._res) for request in self.pending.values()}
-            if token not in busy:
+            if token not in busy and not (self.waiting and self.waiting.has(token)):
                 lib.uws_res_close(SSL, res)
 
     def note_answer(self, res: Any) -> None:
@@ -525,13 +540,16 @@ class Server:
         self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
         now_s = time.monotonic()
         self._close_silent(now_s - self._headers_within_s)
+        too_slow = Problem(408, f"expected the whole body within {self._body_timeout_s:g} s", close=True)
+        unanswered = TimeoutError(f"no answer within {self._request_timeout_s:g} s")
         for request in list(self.pending.values()):
             waited_s = now_s - request.received_s
             if request.awaits_body and waited_s > self._body_timeout_s:
-                limit = f"expected the whole body within {self._body_timeout_s:g} s"
-                request.problem(Problem(408, limit, close=True))
+                request.problem(too_slow)
             elif not request.awaits_body and waited_s > self._request_timeout_s:
-                request.fail(TimeoutError(f"no answer within {self._request_timeout_s:g} s"))
+                request.fail(unanswered)
+        if self.waiting is not None:
+            self.waiting.sweep(now_s - self._body_timeout_s, now_s - self._request_timeout_s, too_slow, unanswered)
 
     def websocket(
         self,
@@ -597,7 +615,7 @@ class Server:
         lib.uws_ws(SSL, self._app, path.encode(), behavior[0], ffi.NULL)
 
     def _upgrade(self, request: Request, context: Any, state: Any) -> None:
-        token = next(_tokens)
+        token = next(tokens)
         self._states[token] = state
         key = request.header(b"sec-websocket-key")
         protocol = request.header(b"sec-websocket-protocol")
@@ -654,13 +672,17 @@ class Server:
         for connection in list(self.sockets.values()):
             connection.end(CloseCode.GOING_AWAY, goodbye)
         began_s = now_s = time.monotonic()
-        while self.pending or (self._connections and now_s < began_s + LINGER_S):
+        while self._is_busy or (self._connections and now_s < began_s + LINGER_S):
             if now_s > began_s + grace_s:
                 break
             await asyncio.sleep(0.01)
             now_s = time.monotonic()
         # A few more turns of the loop, so that close frames and last answers leave.
         await asyncio.sleep(0.05)
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self.pending) or (self.waiting is not None and not self.waiting.is_empty)
 
     async def _stop_listening(self) -> None:
         """Close the listening socket without resetting a connection that its client takes for made.

@@ -36,9 +36,13 @@ class Request:
 
     received_s: float = dataclasses.field(default_factory=time.monotonic)
     answer: asyncio.Future[Any] = dataclasses.field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    departed: bool = False
 
     def take(self, answer: Any) -> None:
         self.answer.set_result(answer)
+
+    def depart(self) -> None:
+        self.departed = True
 
 
 class Proxy:
@@ -131,6 +135,11 @@ class Bench:
         await self.until(lambda: self.scores.epoch is not None)
 
 
+def take_each(requests: list[Any], results: list[int]) -> None:
+    for request, outcome, value in zip(requests, results[::2], results[1::2], strict=True):
+        request.take((outcome, value))
+
+
 @asynccontextmanager
 async def bench(
     redis: redis_client.Redis, redis_server: RedisServer, url: str, **settings: Any
@@ -143,7 +152,7 @@ async def bench(
         chosen,
         KEYS,
         Verifier(chosen, KEYS, database, cast(Any, NoTopic)).verify,
-        on_outcome=lambda request, outcome, value: request.take((outcome, value)),
+        on_outcomes=take_each,
         on_problem=lambda request, problem: request.take(problem),
         on_page=lambda request, page: request.take(page),
     )
