@@ -30,6 +30,7 @@ from server.keys import TaggedKeys
 from server.redis_connection import open_connection
 from server.slots import Address, check_mode
 from server.topology import Topology
+from server.uws_native import LIBRARY
 from sync.kafka import new_admin
 
 ANSWER_WITHIN_S: Final = 3.0
@@ -110,7 +111,7 @@ def look_at(part: str, settings: Settings) -> Iterator[Finding]:
 
 
 def check_machine() -> Iterator[Finding]:
-    """The processor, and the library that uWebSockets stands on."""
+    """The processor, the library that uWebSockets stands on, and the one that pip compiles."""
     machine = f"{platform.system()} {platform.machine()}"
     if machine == "Linux x86_64":
         yield Finding(State.OK, "machine", machine)
@@ -124,6 +125,13 @@ def check_machine() -> Iterator[Finding]:
         yield Finding(State.FAIL, "libuv", str(error), "install libuv (Debian and Ubuntu: apt install libuv1)")
     else:
         yield Finding(State.OK, "libuv", "libuv.so.1")
+    if LIBRARY.exists():
+        yield Finding(State.OK, "compiled part", LIBRARY.name)
+    else:
+        yield Finding(
+            State.WARN, "compiled part", f"{LIBRARY.name} is missing: requests cost half as much again",
+            "install the package anew: pip compiles it",
+        )  # fmt: skip
 
 
 def check_settings(settings: Settings) -> Iterator[Finding]:

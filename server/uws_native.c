@@ -359,6 +359,7 @@ void flight_answer(int number, const char *head, size_t head_length, const char 
 // ---------------------------------------------------------------- POSTs
 
 static bool put(struct request *request, const char *text, size_t length) {
+    if (!length) return true; // `text` may be NULL then
     if (request->used + length > request->room) {
         size_t room = request->used + length + 512;
         char *grown_text = realloc(request->text, room);

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,8 @@ from tests.uws_app import CHUNK, MAX_BACKPRESSURE_BYTES, MAX_BODY_BYTES
 from tests.wire import Answer, Wire, once, request_bytes
 
 TEXT, CLOSE = 1, 8
+ECHOES = pytest.mark.parametrize("echo", ["/echo", "/posts"])
+"""One request at a time, through Python, and several at once, through C."""
 
 
 class UwsApp(Service):
@@ -49,7 +52,8 @@ class UwsApp(Service):
     def has_nothing_left(self) -> bool:
         """Whether every request and every socket is over."""
         state = self.state()
-        return (state["pid"], state["pending"], state["sockets"], state["states"]) == (self.pid, 0, 0, 0)
+        left = state["pending"], state["sockets"], state["states"]
+        return (state["pid"], state["idle"], left) == (self.pid, True, (0, 0, 0))
 
     @property
     def output(self) -> str:
@@ -93,12 +97,13 @@ def new_app(tmp_path: Path) -> Iterator[Callable[..., UwsApp]]:
 # ---------------------------------------------------------------------- bodies
 
 
-def test_bodies_in_many_segments_and_dropped_half_way_survive_forced_collections(app: UwsApp) -> None:
+@ECHOES
+def test_bodies_in_many_segments_and_dropped_half_way_survive_forced_collections(app: UwsApp, echo: str) -> None:
     collections = app.state()["collections"]
     bodies = [bytes([65 + number % 26]) * (2_000 + 100 * number) for number in range(48)]
     for _ in range(3):
         wires = [Wire(app.port) for _ in bodies]
-        pieces = [request_bytes("POST", "/echo", body) for body in bodies]
+        pieces = [request_bytes("POST", echo, body) for body in bodies]
         for step in range(8):
             for number, wire in enumerate(wires):
                 if number % 4 == 1 and step == 5:
@@ -116,8 +121,9 @@ def test_bodies_in_many_segments_and_dropped_half_way_survive_forced_collections
     assert app.state()["collections"] >= collections + 3 * 8
 
 
-def test_headers_and_body_in_single_bytes_are_answered(app: UwsApp) -> None:
-    line, end, rest = request_bytes("POST", "/echo", b"hello").partition(b"\r\n")
+@ECHOES
+def test_headers_and_body_in_single_bytes_are_answered(app: UwsApp, echo: str) -> None:
+    line, end, rest = request_bytes("POST", echo, b"hello").partition(b"\r\n")
     with Wire(app.port) as wire:
         wire.send(line + end)
         for byte in rest:
@@ -138,26 +144,30 @@ def test_request_line_split_over_reads_is_answered_or_refused(app: UwsApp, cut: 
             assert wire.answer().status == 505
 
 
-def test_chunked_body_is_put_together(app: UwsApp) -> None:
+@ECHOES
+def test_chunked_body_is_put_together(app: UwsApp, echo: str) -> None:
     with Wire(app.port) as wire:
-        wire.send(b"POST /echo HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        wire.send(b"POST %b HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n" % echo.encode())
         for chunk in (b"3\r\nabc\r\n", b"2\r\nde\r\n", b"0\r\n\r\n"):
             wire.send(chunk)
         assert wire.answer().body == b"abcde"
 
 
-def test_empty_body_is_a_body(app: UwsApp) -> None:
-    assert once(app.port, "POST", "/echo", b"").body == b""
+@ECHOES
+def test_empty_body_is_a_body(app: UwsApp, echo: str) -> None:
+    assert once(app.port, "POST", echo, b"").body == b""
 
 
-def test_body_at_the_limit_is_taken(app: UwsApp) -> None:
-    assert len(once(app.port, "POST", "/echo", b"x" * MAX_BODY_BYTES).body) == MAX_BODY_BYTES
+@ECHOES
+def test_body_at_the_limit_is_taken(app: UwsApp, echo: str) -> None:
+    assert len(once(app.port, "POST", echo, b"x" * MAX_BODY_BYTES).body) == MAX_BODY_BYTES
 
 
+@ECHOES
 @pytest.mark.parametrize("size", [MAX_BODY_BYTES + 1, 2**20, 8 * 2**20])
-def test_body_over_the_limit_gets_413_and_is_closed(app: UwsApp, size: int) -> None:
+def test_body_over_the_limit_gets_413_and_is_closed(app: UwsApp, echo: str, size: int) -> None:
     with Wire(app.port) as wire:
-        wire.send(request_bytes("POST", "/echo", b"x" * MAX_BODY_BYTES).replace(b" %d" % MAX_BODY_BYTES, b" %d" % size))
+        wire.send(request_bytes("POST", echo, b"x" * MAX_BODY_BYTES).replace(b" %d" % MAX_BODY_BYTES, b" %d" % size))
         left = size - MAX_BODY_BYTES
         while left:
             try:
@@ -169,16 +179,18 @@ def test_body_over_the_limit_gets_413_and_is_closed(app: UwsApp, size: int) -> N
         assert wire.ended
 
 
-def test_body_that_never_ends_gets_408_and_is_closed(app: UwsApp) -> None:
+@ECHOES
+def test_body_that_never_ends_gets_408_and_is_closed(app: UwsApp, echo: str) -> None:
     with Wire(app.port) as wire:
-        wire.send(request_bytes("POST", "/echo", b"hello")[:-1])
+        wire.send(request_bytes("POST", echo, b"hello")[:-1])
         assert_problem(wire.answer(), 408, "request-timeout")
         assert wire.ended
 
 
-def test_body_that_only_trickles_gets_408_too(app: UwsApp) -> None:
+@ECHOES
+def test_body_that_only_trickles_gets_408_too(app: UwsApp, echo: str) -> None:
     with Wire(app.port) as wire:
-        wire.send(request_bytes("POST", "/echo", b"x" * 1000)[:-1000])
+        wire.send(request_bytes("POST", echo, b"x" * 1000)[:-1000])
         while wire.is_silent(0.1):
             wire.send(b"x")
         assert_problem(wire.answer(), 408, "request-timeout")
@@ -260,11 +272,12 @@ def test_unknown_route_with_a_body_leaves_the_connection_usable(app: UwsApp) -> 
         assert wire.request("GET", "/state").status == 200
 
 
-def test_one_connection_serves_many_requests(app: UwsApp) -> None:
+@ECHOES
+def test_one_connection_serves_many_requests(app: UwsApp, echo: str) -> None:
     with Wire(app.port) as wire:
         for number in range(50):
             body = b"%d" % number
-            assert wire.request("POST", "/echo", body).body == body
+            assert wire.request("POST", echo, body).body == body
 
 
 @pytest.mark.parametrize("path", ["/said?a=b", "/problem", "/raise", "/nowhere", "/later?0.01", "/twice", "/echo"])
@@ -323,6 +336,190 @@ def test_request_says_what_was_sent(app: UwsApp) -> None:
 def test_header_sent_twice_is_joined_in_order(app: UwsApp) -> None:
     said = once(app.port, "GET", "/said", X_Test="one", x_test="two, three").json()
     assert said["joined"] == "one, two, three"
+
+
+# ---------------------------------------------------------------------- together
+
+
+def share(app: UwsApp, target: str) -> None:
+    """Have GETs of a target share their answers from now on: at the latest this one did it."""
+    assert once(app.port, "HEAD", target).status == 200
+
+
+@contextlib.contextmanager
+def wires(app: UwsApp, count: int) -> Iterator[list[Wire]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Wire(app.port)) for _ in range(count)]
+
+
+def test_gets_of_a_target_share_an_answer_and_keep_their_ids(app: UwsApp) -> None:
+    share(app, "/shared?later=0.2")
+    with wires(app, 50) as sharing:
+        for number, wire in enumerate(sharing):
+            name = {"X_Request_Id": f"mine-{number}"} if number % 2 else {}
+            wire.send(request_bytes("GET", "/shared?later=0.2", **name))
+        answers = [wire.answer() for wire in sharing]
+    assert {answer.status for answer in answers} == {200}
+    assert len({answer.body for answer in answers}) < 5  # flights
+    ids = [answer.headers["x-request-id"] for answer in answers]
+    assert len(set(ids)) == len(ids)
+    assert [name for name in ids if name.startswith("mine-")] == [f"mine-{number}" for number in range(1, 50, 2)]
+
+
+def test_who_comes_after_the_departure_takes_the_next_flight(app: UwsApp) -> None:
+    share(app, "/shared?departs=0.3")
+    with Wire(app.port) as early, Wire(app.port) as late:
+        early.send(request_bytes("GET", "/shared?departs=0.3"))
+        assert early.is_silent(0.1)
+        late.send(request_bytes("GET", "/shared?departs=0.3"))
+        assert int(late.answer().body) == int(early.answer().body) + 1
+
+
+@pytest.mark.parametrize(("command", "status"), [("now", 200), ("twice", 200), ("refuse", 400), ("raise", 500)])
+def test_flight_that_is_decided_at_once_is_answered_once(app: UwsApp, command: str, status: int) -> None:
+    target = f"/shared?{command}"
+    share(app, target)
+    with Wire(app.port) as wire:
+        for _ in range(3):
+            assert wire.request("GET", target).status == status
+        assert wire.is_silent(0.1)
+        assert wire.request("HEAD", target).status == 200  # alone, and without a body
+        assert wire.request("GET", "/state").status == 200
+
+
+def test_flight_that_nobody_answers_ends_at_its_deadline(app: UwsApp) -> None:
+    share(app, "/shared?never")
+    with wires(app, 3) as sharing:
+        for wire in sharing:
+            wire.send(request_bytes("GET", "/shared?never"))
+        for wire in sharing:
+            assert_problem(wire.answer(), 500, "internal-error")
+
+
+def test_who_leaves_a_flight_harms_nobody_in_it(app: UwsApp) -> None:
+    share(app, "/shared?later=0.3")
+    with wires(app, 30) as sharing:
+        for wire in sharing:
+            wire.send(request_bytes("GET", "/shared?later=0.3"))
+        wait_until(lambda: not app.state()["idle"])
+        for number, wire in enumerate(sharing):
+            if number % 3 == 1:
+                wire.close()
+            elif number % 3 == 2:
+                wire.reset()
+        for number in range(0, 30, 3):
+            assert sharing[number].answer().status == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("x", True), ("~!" * 64, True), ("x" * 129, False), ("two words", False), ("é", False)]
+)
+def test_id_is_kept_if_it_is_visible_ascii(app: UwsApp, given: str, kept: bool) -> None:
+    share(app, "/shared?now")
+    for answer in (
+        once(app.port, "GET", "/shared?now", X_Request_Id=given),
+        once(app.port, "POST", "/posts", b"hello", X_Request_Id=given),
+        once(app.port, "POST", "/echo", b"hello", X_Request_Id=given),
+    ):
+        assert (answer.headers["x-request-id"] == given) is kept
+        assert re.fullmatch("[!-~]{1,128}", answer.headers["x-request-id"])
+
+
+def test_targets_beyond_what_is_remembered_go_alone(new_app: Callable[..., UwsApp]) -> None:
+    app = new_app()
+    with Wire(app.port) as wire:
+        for number in range(1100):
+            assert wire.request("GET", f"/shared?now={number}").json() == "alone"
+        assert wire.request("GET", "/shared?now=3").json() == 1
+        assert wire.request("GET", "/shared?now=1099").json() == "alone"
+        for _ in range(2):
+            assert wire.request("GET", "/shared?" + "x" * 200).json() == "alone"
+
+
+def test_posts_come_several_at_once(new_app: Callable[..., UwsApp]) -> None:
+    app = new_app()
+    with wires(app, 50) as posting:
+        for number, wire in enumerate(posting):
+            wire.send(request_bytes("POST", "/posts", b"%d" % number)[:-1])
+        os.kill(app.pid, signal.SIGSTOP)
+        for number, wire in enumerate(posting):
+            wire.send(request_bytes("POST", "/posts", b"%d" % number)[-1:])
+        os.kill(app.pid, signal.SIGCONT)
+        assert [int(wire.answer().body) for wire in posting] == list(range(50))
+    assert max(app.state()["taken"]) >= 10
+
+
+def test_post_brings_its_headers(app: UwsApp) -> None:
+    headers = {"X_Request_Id": "mine", "Authorization": "Bearer x" * 300, "Idempotency_Key": "key"}
+    said = once(app.port, "POST", "/posts", b"said", **headers, X_Forwarded_For="one", x_forwarded_for="two, three")
+    assert said.json() == ["mine", "Bearer x" * 300, "key", "one, two, three", "127.0.0.1"]
+    assert once(app.port, "POST", "/posts", b"said").json()[1:] == ["", "", "", "127.0.0.1"]
+
+
+@pytest.mark.parametrize(("body", "status"), [(b"refuse", 400), (b"raise", 500), (b"later0.01", 200)])
+def test_post_is_answered_once_whatever_the_answer(app: UwsApp, body: bytes, status: int) -> None:
+    with Wire(app.port) as wire:
+        assert wire.request("POST", "/posts", body).status == status
+        assert wire.is_silent(0.1)
+        assert wire.request("POST", "/posts", b"next").body == b"next"
+
+
+def test_post_that_nobody_answers_ends_at_its_deadline(app: UwsApp) -> None:
+    assert_problem(once(app.port, "POST", "/posts", b"never"), 500, "internal-error")
+
+
+def test_second_answer_to_a_post_does_not_go_to_whoever_has_its_place_now(app: UwsApp) -> None:
+    with Wire(app.port) as first, wires(app, 20) as others:
+        assert first.request("POST", "/posts", b"repeat").json() == "first"
+        for wire in others:
+            wire.send(request_bytes("POST", "/posts", b"later0.5"))
+        assert {wire.answer().body for wire in others} == {b'"late"'}
+        assert first.is_silent(0.6)
+
+
+def test_answer_to_a_post_whose_client_left_goes_nowhere(app: UwsApp) -> None:
+    with wires(app, 20) as posting:
+        for wire in posting:
+            wire.send(request_bytes("POST", "/posts", b"later0.2"))
+        wait_until(lambda: not app.state()["idle"])
+        for number, wire in enumerate(posting):
+            wire.reset() if number % 2 else wire.close()
+    wait_until(lambda: app.state()["idle"])
+    assert once(app.port, "POST", "/posts", b"later0.3").status == 200
+
+
+@pytest.mark.parametrize(
+    "request_", [request_bytes("POST", "/posts", b"later0.1"), request_bytes("GET", "/shared?later=0.1")]
+)
+def test_request_behind_a_pending_one_closes_the_connection_and_nothing_else(app: UwsApp, request_: bytes) -> None:
+    share(app, "/shared?later=0.1")
+    with Wire(app.port) as wire:
+        wire.send(request_ + request_bytes("GET", "/said?two"))
+        assert wire.ended
+    wait_until(lambda: app.state()["idle"])
+
+
+def test_connection_whose_first_request_waits_in_c_is_not_closed_for_its_silence(
+    new_app: Callable[..., UwsApp],
+) -> None:
+    app = new_app("patient")
+    share(app, "/shared?later=3")
+    with Wire(app.port) as flight, Wire(app.port) as post:
+        flight.send(request_bytes("GET", "/shared?later=3"))
+        post.send(request_bytes("POST", "/posts", b"later3"))
+        assert (flight.answer().status, post.answer().status) == (200, 200)
+
+
+def test_all_goes_alone_where_nothing_was_compiled(new_app: Callable[..., UwsApp]) -> None:
+    app = new_app("plain")
+    with Wire(app.port) as wire:
+        for _ in range(3):
+            assert wire.request("GET", "/shared?now").json() == "alone"
+            assert wire.request("POST", "/posts", b"hello").body == b"hello"
+    stop(app, "TERM")
+    wait_until(lambda: not app.running)
+    assert app.status == 0
+    assert_quiet(app)
 
 
 # ---------------------------------------------------------------------- WebSockets
@@ -456,19 +653,31 @@ def test_stop_finishes_requests_in_flight_and_says_goodbye_to_sockets(
     new_app: Callable[..., UwsApp], name: str
 ) -> None:
     app = new_app()
-    with Wire(app.port) as socket, Wire(app.port) as slow, Wire(app.port) as body, Wire(app.port) as idle:
+    with (
+        Wire(app.port) as socket,
+        Wire(app.port) as slow,
+        Wire(app.port) as body,
+        Wire(app.port) as idle,
+        Wire(app.port) as flight,
+        Wire(app.port) as post,
+    ):
         socket.upgrade("/ws")
         assert idle.request("GET", "/state").status == 200
         slow.send(request_bytes("GET", "/later?0.5"))
+        share(app, "/shared?later=0.5")
+        flight.send(request_bytes("GET", "/shared?later=0.5"))
+        other_half = request_bytes("POST", "/posts", b"hello")
+        post.send(other_half[:-2])
         half = request_bytes("POST", "/echo", b"hello")
         body.send(half[:-2])
-        wait_until(lambda: app.state()["pending"] == 2)
+        wait_until(lambda: app.state()["pending"] == 2 and not app.state()["idle"])
         stop(app, name)
         assert socket.frame() == (CLOSE, b"\x03\xe9restarting")
         with pytest.raises(ConnectionRefusedError):
             Wire(app.port)
         body.send(half[-2:])
-        for wire, expected in ((body, b"hello"), (slow, b'"late"')):
+        post.send(other_half[-2:])
+        for wire, expected in ((body, b"hello"), (slow, b'"late"'), (flight, b"1"), (post, b"hello")):
             answer = wire.answer()
             assert (answer.status, answer.body, answer.headers["connection"]) == (200, expected, "close")
             assert wire.ended

@@ -1,22 +1,26 @@
 """A server with a route for every way to hurt server.uws; tests/test_uws.py runs it as a child process.
 
-`python -m tests.uws_app PORT [gc] [patient]`; with `gc` the collector is forced every 20 ms. A patient one gives a
-connection 2 s for its first request, and itself 5 s to answer; others do the opposite.
+`python -m tests.uws_app PORT [gc] [patient] [plain]`; with `gc` the collector is forced every 20 ms. A patient one
+gives a connection 2 s for its first request, and itself 5 s to answer; others do the opposite. A plain one has no C.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
-from server import uws
+from server import uws, uws_native
+from server.answers import OK
 from server.errors import CloseCode, Problem
 from server.uws import Request, Server, Socket
+from server.uws_native import Flight, Post
 
 MAX_BODY_BYTES = 16_384
 MAX_BACKPRESSURE_BYTES = 1 << 20
@@ -85,6 +89,8 @@ class Events:
 async def serve(port: int, options: list[str]) -> int:
     """Run until SIGTERM."""
     request_s, headers_s = (PATIENCE_S, TIMEOUT_S) if "patient" in options else (TIMEOUT_S, PATIENCE_S)
+    if "plain" in options:
+        uws_native.LIBRARY = Path("/nonexistent")  # type: ignore[misc]
     server = Server(request_timeout_s=request_s, body_timeout_s=TIMEOUT_S, headers_within_s=headers_s)
     events = Events(server)
     loop = asyncio.get_running_loop()
@@ -124,6 +130,61 @@ async def serve(port: int, options: list[str]) -> int:
     def never(request: Request) -> None:
         held.append(request)
 
+    flights = itertools.count(1)
+    taken: list[int] = []
+
+    def share(request: Request) -> None:
+        server.share(request.target, request.query)
+        request.answer(OK, b'"alone"')
+
+    def board(flight: Flight) -> None:
+        body, (command, _, seconds) = b"%d" % next(flights), flight.context.partition("=")
+
+        def answer() -> None:
+            flight.answer(OK, body)
+
+        def depart_and_answer() -> None:
+            flight.depart()
+            loop.call_later(float(seconds), answer)
+
+        if command == "now":
+            answer()
+        elif command == "raise":
+            raise ValueError("a handler raises")
+        elif command == "refuse":
+            flight.problem(Problem(400, "a handler refuses", headers=(("Retry-After", "7"),)))
+        elif command == "twice":
+            answer()
+            answer()
+        elif command == "later":
+            loop.call_later(float(seconds), answer)
+        elif command == "departs":
+            loop.call_soon(depart_and_answer)
+
+    def take(posts: list[Post]) -> None:
+        waiting = server.waiting
+        assert waiting is not None
+        taken.append(len(posts))
+        echoed = []
+        for post in posts:
+            if post.body == b"said":
+                fields = [post.id, post.authorization, post.idempotency_key, post.forwarded_for, post.peer.encode()]
+                post.answer(OK, json.dumps([field.decode() for field in fields]).encode())
+            elif post.body == b"raise":
+                post.fail(ValueError("a handler raises"))
+            elif post.body == b"refuse":
+                post.problem(Problem(400, "a handler refuses", headers=(("Retry-After", "7"),)))
+            elif post.body.startswith(b"later"):
+                for _ in range(2):
+                    loop.call_later(float(post.body[5:]), post.answer, OK, b'"late"')
+            elif post.body == b"repeat":  # answers, and answers again when its place has gone to somebody else
+                loop.call_soon(post.answer, OK, b'"first"')
+                for number in range(100):
+                    loop.call_later(number / 100, post.answer, OK, b'"second"')
+            elif post.body != b"never":
+                echoed.append(post)
+        waiting.answer_posts(echoed, [post.body for post in echoed], OK)
+
     def said(request: Request) -> None:
         fields = {"method": request.method, "query": request.query, "peer": request.peer}
         fields["header"] = request.header(b"x-test").decode()
@@ -135,6 +196,7 @@ async def serve(port: int, options: list[str]) -> int:
             gc.collect()
         collections = gc.get_stats()[2]["collections"]
         fields = {"pid": os.getpid(), "collections": collections, "pending": len(server.pending) - 1}
+        fields |= {"idle": server.waiting is None or server.waiting.is_empty, "taken": taken}
         fields |= {"sockets": len(server.sockets), "states": len(server._states), **events.seen}
         request.answer(b"200 OK", json.dumps(fields).encode())
 
@@ -155,6 +217,8 @@ async def serve(port: int, options: list[str]) -> int:
     ):
         server.route(path, {"GET": handler, "HEAD": handler})
     server.route("/echo", {"POST": echo})
+    server.route("/shared", {"GET": share, "HEAD": share}, on_flight=board)
+    server.route("/posts", {"POST": echo}, on_posts=take, max_body_bytes=MAX_BODY_BYTES, reads_forwarded=True)
     server.route("/raise-behind-body", {"POST": raise_behind_body})
     server.websocket(
         "/ws",
