@@ -1,9 +1,9 @@
 """`make bench-sustain`: the highest rate of updates that everything together keeps up with, on this machine.
 
-POSTs come on a fixed schedule, whatever the answers do. A rate is sustained when all are answered well, and neither
-their wait, nor the age of the outbox, nor the persister's lag, nor the delay of live updates grows. Short runs find the
-rate between one that is sustained and one that is not; a long one confirms it, and a quarter, half and three quarters
-of it show what answers take below. Prints a Markdown table, writes bench/sustain.json.
+POSTs come on a fixed schedule, whatever the answers do. A rate is sustained when all are answered well and soon, and
+neither their wait, nor the age of the outbox, nor the persister's lag, nor the delay of live updates grows. Short runs
+find the rate between one that is sustained and one that is not; a long one confirms it, and a quarter, half and three
+quarters of it show what answers take below. Prints a Markdown table, writes bench/sustain.json.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ FILL_S: Final = 5.0
 
 ALLOWED_MS: Final = 500.0
 """As much may be gained over a run, as chance: a batch of the persister is 200 ms and more."""
+
+WAITED_MS: Final = 100.0
+"""As long may 99 of 100 POSTs take: a queue that is full and grows no more is one that nobody wants to stand in."""
 
 ANSWERED: Final = 0.99
 """The share of the schedule that has to be answered within the run."""
@@ -168,6 +171,8 @@ def against(figures: Figures, failed: list[str]) -> list[str]:
     found = [f"POST failed: {failure[:200]}" for failure in failed[:1]]
     if figures["posts_per_s"] < ANSWERED * figures["rate"]:
         found.append(f"only {figures['posts_per_s']:,.0f} of {figures['rate']:,} POSTs/s were answered")
+    if figures["post_p99_ms"] > WAITED_MS:
+        found.append(f"one POST in a hundred waited {figures['post_p99_ms']:,.0f} ms and more ({MOVERS['wait'][1]})")
     for name, (what, movers) in MOVERS.items():
         if figures[name]["grows"]:
             found.append(f"{what} grew by {figures[name]['gained_ms']:,.0f} ms ({movers})")

@@ -31,8 +31,10 @@ def test_search_says_when_no_rate_is_sustained() -> None:
     assert search(lambda _: False, 4000) == 0
 
 
-def figures(samples: list[Sample], answers: list[list[float]], posts_per_s: float = 1000) -> dict[str, object]:
-    return {"rate": 1000, "posts_per_s": posts_per_s, **series(samples, answers, 1000)}
+def figures(
+    samples: list[Sample], answers: list[list[float]], posts_per_s: float = 1000, p99_ms: float = 3
+) -> dict[str, object]:
+    return {"rate": 1000, "posts_per_s": posts_per_s, "post_p99_ms": p99_ms, **series(samples, answers, 1000)}
 
 
 def test_nothing_is_against_a_rate_at_which_nothing_grows() -> None:
@@ -52,6 +54,12 @@ def test_each_thing_that_grows_is_named_with_what_moves_it() -> None:
     ):
         [found] = against(figures(samples, waits), [])
         assert found.startswith(said)
+
+
+def test_wait_that_does_not_grow_any_more_may_be_too_long_all_the_same() -> None:
+    assert against(figures(QUIET, ANSWERS, p99_ms=100), []) == []
+    [found] = against(figures(QUIET, ANSWERS, p99_ms=3490), [])
+    assert found.startswith("one POST in a hundred waited 3,490 ms and more (server")
 
 
 def test_growth_within_what_is_allowed_is_chance() -> None:
