@@ -24,7 +24,8 @@ def plot(lines: Iterable[Figures], directory: Path) -> None:
     for part, points in parts.items():
         DRAWN[part](points)
         for axes in pyplot.gcf().axes:
-            axes.set_ylim(bottom=0)  # half of it shall look like half
+            if axes.get_yscale() == "linear":
+                axes.set_ylim(bottom=0)  # half of it shall look like half
         pyplot.tight_layout()
         pyplot.savefig(directory / f"growth-{part}.png", dpi=DOTS_PER_IN)
         pyplot.close()
@@ -66,6 +67,7 @@ def _history(points: list[Figures]) -> None:
             if point["layout"] == layout and point["how"] != "statement":
                 rates.plot([point["rows"] / 1e6], [point["events_per_s"]], "o", color=line.get_color())
     rates.legend(fontsize="x-small", loc="lower left")
+    reads.set_yscale("log")  # one of them goes through all rows
     for axes in (rates, reads, sizes):
         axes.set(xlabel="million rows")
 
