@@ -120,9 +120,6 @@ static void *grown(void *table, int made, size_t size) {
     return realloc(table, (made ? 2 * (size_t)made : 1) * size);
 }
 
-// Make a request wait, and have us told when its client goes; NONE when there is no place.
-static int take_in(uws_res_t *res, uws_req_t *req, enum state state);
-
 static void append(struct list *list, int each) {
     requests[each].next = NONE;
     if (list->first == NONE) list->first = each;
@@ -182,6 +179,7 @@ static void name(struct request *request, uws_req_t *req) {
     request->id_length = (uint32_t)(at - request->id);
 }
 
+// Let a request wait, and have us told when its client goes; its place, or NONE when there is none.
 static int take_in(uws_res_t *res, uws_req_t *req, enum state state) {
     int each = free_request;
     if (each != NONE) {
