@@ -529,7 +529,8 @@ class Server:
                 continue
             if busy is None:
                 busy = {_token(request._res) for request in self.pending.values()}
-            if token not in busy and not (self.waiting and self.waiting.has(token)):
+                busy.update(self.waiting.responses() if self.waiting else ())
+            if token not in busy:
                 lib.uws_res_close(SSL, res)
 
     def note_answer(self, res: Any) -> None:

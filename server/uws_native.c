@@ -202,11 +202,15 @@ static int take_in(uws_res_t *res, uws_req_t *req, enum state state) {
     return each;
 }
 
-// Whether a request of that response waits here.
-bool native_has(const uws_res_t *res) {
+// How many places there are.
+int native_places(void) { return requests_made; }
+
+// The responses of the requests that wait here, into room for as many as there are places; how many they are.
+int native_responses(uintptr_t *responses) {
+    int count = 0;
     for (int each = 0; each < requests_made; each++)
-        if (requests[each].res == res) return true;
-    return false;
+        if (requests[each].res) responses[count++] = (uintptr_t)requests[each].res;
+    return count;
 }
 
 // ---------------------------------------------------------------- answers
@@ -512,11 +516,14 @@ void posts_answer(const uint64_t *tokens, const uint32_t *body_lengths, int coun
 // Posts that have not been answered.
 int posts_open(void) { return open_posts; }
 
-// One that was begun before that moment and still waits for its body, or is with Python; 0 for none.
-uint64_t posts_overdue(double before_s, bool awaits_body) {
+// The next one, from `place` on, that was begun before that moment and still waits for its body, or is with Python; 0
+// behind the last.
+uint64_t posts_overdue(int *place, double before_s, bool awaits_body) {
     const enum state state = awaits_body ? AWAITS_BODY : TAKEN;
-    for (int each = 0; each < requests_made; each++)
+    while (*place < requests_made) {
+        int each = (*place)++;
         if (requests[each].state == state && requests[each].received_s < before_s) return token_of(each);
+    }
     return 0;
 }
 

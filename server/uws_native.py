@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -46,7 +46,8 @@ _ffi.cdef(
         char longest_id[129];
     };
     void native_begin(const char *prefix, void (*on_complete)(void));
-    bool native_has(const void *res);
+    int native_places(void);
+    int native_responses(uintptr_t *responses);
     int flight_target(const char *text, size_t length);
     void flight_board(void *res, void *req, void *user_data);
     void flight_depart(int number);
@@ -60,7 +61,7 @@ _ffi.cdef(
                       bool close_connection, const double *bounds, int bound_count, uint64_t *counts,
                       struct answered *answered);
     int posts_open(void);
-    uint64_t posts_overdue(double before_s, bool awaits_body);
+    uint64_t posts_overdue(int *place, double before_s, bool awaits_body);
     size_t post_peer(uint64_t token, const char **text);
     """
 )
@@ -215,9 +216,11 @@ class Waiting:
         length = self._native.post_peer(post.token, _text)
         return _ffi.unpack(_text[0], length).decode() if length else ""
 
-    def has(self, res: int) -> bool:
-        """Whether a request of the response at this address waits here."""
-        return bool(self._native.native_has(_ffi.cast("void *", res)))
+    def responses(self) -> list[int]:
+        """The addresses of the responses of all that wait here."""
+        room = _ffi.new("uintptr_t[]", self._native.native_places())
+        count = self._native.native_responses(room)
+        return _ffi.unpack(room, count) if count else []
 
     @property
     def is_empty(self) -> bool:
@@ -226,13 +229,18 @@ class Waiting:
 
     def sweep(self, bodies_before_s: float, before_s: float, too_slow: Problem, unanswered: TimeoutError) -> None:
         """Refuse POSTs whose body should have come by now, and end what should have been answered."""
-        while token := self._native.posts_overdue(bodies_before_s, True):
+        for token in self._overdue(bodies_before_s, awaits_body=True):
             _nameless(token).problem(too_slow)
-        while token := self._native.posts_overdue(before_s, False):
+        for token in self._overdue(before_s, awaits_body=False):
             _nameless(token).fail(unanswered)
         for flight in list(self._flights.values()):
             if flight.received_s < before_s:
                 flight.fail(unanswered)
+
+    def _overdue(self, before_s: float, *, awaits_body: bool) -> Iterator[int]:
+        place = _ffi.new("int *")
+        while token := self._native.posts_overdue(place, before_s, awaits_body):
+            yield token
 
 
 _running: list[Waiting] = []
