@@ -42,8 +42,7 @@ def main(argv: list[str]) -> int:
         print(f"{USAGE}, got: {' '.join(argv)}", file=sys.stderr)
         return 2
     try:
-        settings = load()
-        logs.configure(settings.log_format, settings.log_level)
+        settings = _load()
         if not argv:
             return _run_both()
         _run_one(_PARTS[argv[0]], settings)
@@ -53,13 +52,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _load() -> Settings:
+    settings = load()
+    logs.configure(settings.log_format, settings.log_level)
+    return settings
+
+
 def migrate(argv: list[str]) -> int:
     """Create the schema and the topics, now or not at all; returns the exit status."""
     if argv:
         print(f"usage: migrate, got: {' '.join(argv)}", file=sys.stderr)
         return 2
     try:
-        settings = load()
+        settings = _load()
         store.migrate(settings.database_url, settings.history_days)
         topics.ensure_topics(settings)
     except (ScoreboardError, psycopg.Error, KafkaException) as error:
@@ -81,7 +86,7 @@ def reconcile(argv: list[str]) -> int:
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop.request)
-    reconciliation = Reconciliation(load(), stop, _print)
+    reconciliation = Reconciliation(_load(), stop, _print)
     try:
         while True:
             status = _reconcile_once(reconciliation, repair=arguments.repair)
@@ -106,7 +111,7 @@ def list_dead_letters(argv: list[str]) -> int:
     if arguments.only and not arguments.replay:
         parser.error("--only says what to --replay")
     try:
-        settings = load()
+        settings = _load()
         if arguments.replay:
             return _replay(settings, arguments.only)
         latest: deque[str] = deque(maxlen=max(0, arguments.limit))
