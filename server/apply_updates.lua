@@ -48,12 +48,20 @@ if limit_key then
     local clock = call('TIME')
     now_us = clock[1] * 1000000 + clock[2]
     span = math.floor(now_us / span_us)
-    local current = call('HMGET', limit_key .. span, unpack(subjects))
-    local previous = call('HMGET', limit_key .. span - 1, unpack(subjects))
-    expired_limits = call('EXISTS', limit_key .. span - 2) == 1
+    local current, absent, n = call('HMGET', limit_key .. span, unpack(subjects)), {}, 0
     for i = 1, #subjects do
-        arrivals[subjects[i]] = tonumber(current[i] or previous[i]) or 0
+        if current[i] then
+            arrivals[subjects[i]] = tonumber(current[i])
+        else
+            n = n + 1
+            absent[n] = subjects[i]
+        end
     end
+    if n > 0 then
+        local previous = call('HMGET', limit_key .. span - 1, unpack(absent))
+        for i = 1, n do arrivals[absent[i]] = tonumber(previous[i]) or 0 end
+    end
+    expired_limits = call('EXISTS', limit_key .. span - 2) == 1
 end
 local answer_key, count_key, ttl_s, cap, names, fingerprints, counted = unpack(keyed)
 local kept, counts = {}, {}                                  -- by name: answer kept; by subject: how many
