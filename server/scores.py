@@ -301,7 +301,8 @@ class Scores:
         for reader in readers:
             self._on_page(reader, json)
         if page.waiters:
-            self._schedule_flush()
+            # A turn of the loop later, who asks again at once is among them: fewer reads, each for more.
+            self._loop.call_soon(self._schedule_flush)
 
     # ------------------------------------------------------------------ connection
 
