@@ -32,9 +32,14 @@ class CustomBuildHook(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and put the library into the wheel."""
         del version
-        problem = self._compile(self._own_compiler()) and self._compile([sys.executable, "-m", "ziglang", "cc"])
+        problem = self._compile(self._own_compiler()) and self._compile(
+            [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]
+        )
         if problem:
-            raise RuntimeError(f"{SOURCE} cannot be compiled: {problem}")
+            raise RuntimeError(
+                f"{SOURCE} cannot be compiled: {problem}\n"
+                "With HATCH_BUILD_NO_HOOKS=true it is left out: the server runs without it, only slower."
+            )
         build_data["artifacts"].append(LIBRARY)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-linux_{os.uname().machine}"
@@ -56,6 +61,6 @@ class CustomBuildHook(BuildHookInterface[Any]):
             except OSError as error:
                 return str(error)
             if done.returncode:
-                return done.stderr
+                return done.stderr or f"exit status {done.returncode}"
             library.replace(root / LIBRARY)
         return None

@@ -137,14 +137,16 @@ class Routes:
         posts: list[Post] = []
         bodies: list[bytes] = []
         pairs = iter(results)
-        for request, outcome, value in zip(requests, pairs, pairs, strict=True):
-            if outcome == Outcome.APPLIED and type(request) is Post:
-                posts.append(request)
-                bodies.append(_encode(Result(request.context, value)))
-            else:
-                self._on_outcome(request, outcome, value)
-        if posts and self._server.waiting is not None:
-            self._server.waiting.answer_posts(posts, bodies, OK)
+        try:
+            for request, outcome, value in zip(requests, pairs, pairs, strict=True):
+                if outcome == Outcome.APPLIED and type(request) is Post:
+                    posts.append(request)
+                    bodies.append(_encode(Result(request.context, value)))
+                else:
+                    self._on_outcome(request, outcome, value)
+        finally:
+            if posts and self._server.waiting is not None:
+                self._server.waiting.answer_posts(posts, bodies, OK)
 
     def _on_outcome(self, request: Request | Post, outcome: int, value: int) -> None:
         if outcome == Outcome.APPLIED:
@@ -175,7 +177,9 @@ class Routes:
         page = self._pages.get(target)
         if page is None:
             page = parse_page(request.query, self._settings.boards, self._default_board)
-            if len(self._pages) < TOP_LIMIT and len(target) <= LONGEST_TARGET:
+            if len(target) <= LONGEST_TARGET:
+                if len(self._pages) >= TOP_LIMIT:
+                    self._pages.clear()  # what is asked for in earnest comes again
                 self._pages[target] = page
                 self._server.share(target, page)
         request.context = page

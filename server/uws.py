@@ -325,6 +325,8 @@ class Request:
         self._req = None
 
     def _receive(self, chunk: bytes, last: bool) -> None:
+        if last:
+            self.received_s = _now_s()
         if last and not self._received and len(chunk) <= self._limit:  # as nearly always: all of it at once
             self.body = chunk
             self._complete()
@@ -335,7 +337,6 @@ class Request:
         if too_large and (last or self._received > DISCARD_BYTES):
             self.problem(Problem(413, f"expected a body of at most {self._limit} bytes, got more", close=True))
         elif last:
-            self.received_s = time.monotonic()
             self._complete()
 
     def _complete(self) -> None:

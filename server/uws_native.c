@@ -30,10 +30,13 @@ extern void socketify_res_cork_send(int ssl, uws_res_t *res, const char *body, s
                                     size_t status_length, const char *content_type, size_t content_type_length,
                                     bool close_connection);
 
+enum { INTERFACE = 1 }; // one more whenever what server/uws_native.py has of this changes
 enum { SSL = 0, NONE = -1 };
 enum { MAX_TARGETS = 1024, TARGET_BYTES = 128, ID_BYTES = 128, HEAD_BYTES = 4096 };
-enum { KEPT_BYTES = 4096 };  // of text that a place keeps for the next request
-enum { PLACE_BITS = 24 };    // more connections than a process can open
+enum { HEADERS_BYTES = 8192 };       // most that the headers of a POST may take to wait here
+enum { KEPT_BYTES = 4096 };          // of text that a place keeps for the next request
+enum { KEPT_PACKED_BYTES = 1 << 20 }; // of MessagePack
+enum { PLACE_BITS = 24 };            // more connections than a process can open
 #define PLACE_MASK ((UINT64_C(1) << PLACE_BITS) - 1)
 
 // What server/uws_native.py has too: the two change together.
@@ -98,6 +101,9 @@ static char id_prefix[16];
 static uint32_t id_prefix_length;
 static uint64_t ids_made;
 
+// Which of them this is: server/uws_native.py wants its own.
+int native_interface(void) { return INTERFACE; }
+
 // `prefix` begins the ids that are made here, at most 15 characters; `on_complete` is called for the first POST that is
 // complete after a `posts_take`.
 void native_begin(const char *prefix, void (*on_complete)(void)) {
@@ -120,6 +126,12 @@ static void *grown(void *table, int made, size_t size) {
     return realloc(table, (made ? 2 * (size_t)made : 1) * size);
 }
 
+static void free_text(struct request *request) {
+    free(request->text);
+    request->text = NULL;
+    request->room = 0;
+}
+
 static void append(struct list *list, int each) {
     requests[each].next = NONE;
     if (list->first == NONE) list->first = each;
@@ -130,11 +142,7 @@ static void append(struct list *list, int each) {
 static void let_go(int each) {
     struct request *request = &requests[each];
     if (request->state != IN_FLIGHT) open_posts--;
-    if (request->room > KEPT_BYTES) {
-        free(request->text);
-        request->text = NULL;
-        request->room = 0;
-    }
+    if (request->room > KEPT_BYTES) free_text(request);
     request->res = NULL;
     request->state = FREE;
     request->next = free_request;
@@ -277,12 +285,17 @@ static int *place_of(const char *text, size_t length) {
     }
 }
 
-// Let GETs of a target share their answers; its number, or NONE when it is too long or there are too many.
+// Let GETs of a target share their answers; its number, or NONE when it is too long. When there are too many, all are
+// forgotten: those that are asked for in earnest come again, and flights that are under way know their requests.
 int flight_target(const char *text, size_t length) {
     if (length > TARGET_BYTES) return NONE;
     int *place = place_of(text, length);
     if (*place) return *place - 1;
-    if (targets_known == MAX_TARGETS) return NONE;
+    if (targets_known == MAX_TARGETS) {
+        memset(places, 0, sizeof places);
+        targets_known = 0;
+        place = place_of(text, length);
+    }
     struct target *target = &targets[targets_known++];
     memcpy(target->text, text, length);
     target->length = length;
@@ -374,10 +387,26 @@ static bool put(struct request *request, const char *text, size_t length) {
     return true;
 }
 
+static bool is_forwarded(const char *name, size_t length) { return length == 15 && !memcmp(name, "x-forwarded-for", 15); }
+
+static void add_forwarded(const char *name, size_t name_length, const char *value, size_t length, void *user_data) {
+    (void)value;
+    if (is_forwarded(name, name_length)) *(size_t *)user_data += length + 2;
+}
+
+// What the headers of a POST take here, at most.
+static size_t length_of_headers(uws_req_t *req, const struct route *route) {
+    const char *text;
+    size_t length = uws_req_get_header(req, "authorization", 13, &text);
+    length += uws_req_get_header(req, "idempotency-key", 15, &text);
+    if (route->reads_forwarded) uws_req_for_each_header(req, add_forwarded, &length);
+    return length;
+}
+
 // All X-Forwarded-For, in order, with commas between (RFC 9110, 5.3).
 static void put_forwarded(const char *name, size_t name_length, const char *value, size_t length, void *user_data) {
     struct request *request = user_data;
-    if (name_length != 15 || memcmp(name, "x-forwarded-for", 15)) return;
+    if (!is_forwarded(name, name_length)) return;
     if (request->forwarded_length && put(request, ", ", 2)) request->forwarded_length += 2;
     if (put(request, value, length)) request->forwarded_length += (uint32_t)length;
 }
@@ -400,10 +429,9 @@ static void post_data(uws_res_t *res, const char *chunk, size_t length, bool las
     int each = find((uint64_t)(uintptr_t)user_data);
     if (each == NONE || requests[each].state != AWAITS_BODY) return;
     struct request *request = &requests[each];
-    uint32_t so_far = request->body_length;
     if (put(request, chunk, length)) request->body_length += (uint32_t)length;
     if (!last) return;
-    if (so_far) request->received_s = now_s(); // it did not come all at once
+    request->received_s = now_s();
     request->state = COMPLETE;
     bool is_first = complete.first == NONE;
     append(&complete, each);
@@ -415,7 +443,8 @@ void post_begin(uws_res_t *res, uws_req_t *req, void *user_data) {
     const struct route *route = user_data;
     const char *text;
     bool alone = !length_of_body(req, route->max_body) || uws_req_get_header(req, "transfer-encoding", 17, &text) ||
-                 (route->by_origin && uws_req_get_header(req, "origin", 6, &text));
+                 (route->by_origin && uws_req_get_header(req, "origin", 6, &text)) ||
+                 length_of_headers(req, route) > HEADERS_BYTES;
     int each = alone ? NONE : take_in(res, req, AWAITS_BODY);
     if (each == NONE) {
         route->fallback(res, req, NULL);
@@ -449,7 +478,7 @@ static void pack_bytes(const char *bytes, uint32_t length) {
 }
 
 static void pack_post(int each) {
-    const struct request *request = &requests[each];
+    struct request *request = &requests[each];
     const char *text = request->text;
     uint64_t received;
     memcpy(&received, &request->received_s, sizeof received);
@@ -460,6 +489,7 @@ static void pack_post(int each) {
     const uint32_t lengths[] = {request->authorization_length, request->key_length, request->forwarded_length,
                                 request->body_length};
     for (int i = 0; i < 4; text += lengths[i++]) pack_bytes(text, lengths[i]);
+    if (request->room > KEPT_BYTES) free_text(request); // Python has it now
 }
 
 // The POSTs that are complete: a MessagePack array of [token, received_s, id, authorization, idempotency key,
@@ -473,7 +503,7 @@ const char *posts_take(size_t *length) {
         needed += OVERHEAD + requests[each].id_length + requests[each].used;
         count++;
     }
-    if (needed > packed_room) {
+    if (needed > packed_room || (packed_room > KEPT_PACKED_BYTES && needed < packed_room / 4)) {
         free(packed);
         packed_room = 2 * needed;
         packed = malloc(packed_room);
@@ -516,13 +546,18 @@ void posts_answer(const uint64_t *tokens, const uint32_t *body_lengths, int coun
 // Posts that have not been answered.
 int posts_open(void) { return open_posts; }
 
-// The next one, from `place` on, that was begun before that moment and still waits for its body, or is with Python; 0
-// behind the last.
-uint64_t posts_overdue(int *place, double before_s, bool awaits_body) {
+// The next one, from `place` on, that was begun before that moment and still waits for its body, or is with Python: its
+// token, since when, and its id, in room for ID_BYTES and a NUL. 0 behind the last.
+uint64_t posts_overdue(int *place, double before_s, bool awaits_body, double *received_s, char *id) {
     const enum state state = awaits_body ? AWAITS_BODY : TAKEN;
     while (*place < requests_made) {
         int each = (*place)++;
-        if (requests[each].state == state && requests[each].received_s < before_s) return token_of(each);
+        const struct request *request = &requests[each];
+        if (request->state != state || request->received_s >= before_s) continue;
+        *received_s = request->received_s;
+        memcpy(id, request->id, request->id_length);
+        id[request->id_length] = 0;
+        return token_of(each);
     }
     return 0;
 }

@@ -27,6 +27,7 @@ LIBRARY: Final = Path(__file__).with_name("libuws_native.so")
 MAX_HEAD_BYTES: Final = 3900
 """Of an answer's status and header lines, without its id."""
 
+_INTERFACE: Final = 1
 _NO_TARGET: Final = -1
 
 _ffi: Final = cffi.FFI()
@@ -45,6 +46,7 @@ _ffi.cdef(
         double longest_s;
         char longest_id[129];
     };
+    int native_interface(void);
     void native_begin(const char *prefix, void (*on_complete)(void));
     int native_places(void);
     int native_responses(uintptr_t *responses);
@@ -61,7 +63,7 @@ _ffi.cdef(
                       bool close_connection, const double *bounds, int bound_count, uint64_t *counts,
                       struct answered *answered);
     int posts_open(void);
-    uint64_t posts_overdue(int *place, double before_s, bool awaits_body);
+    uint64_t posts_overdue(int *place, double before_s, bool awaits_body, double *received_s, char *id);
     size_t post_peer(uint64_t token, const char **text);
     """
 )
@@ -97,7 +99,16 @@ def load(uws_library: str) -> Any:
     if not LIBRARY.exists():
         return None
     ctypes.CDLL(uws_library, mode=ctypes.RTLD_GLOBAL)  # where the library finds them
-    return _ffi.dlopen(str(LIBRARY))
+    try:
+        native = _ffi.dlopen(str(LIBRARY))
+        found = native.native_interface()
+    except (OSError, AttributeError) as error:
+        _log.error("%s cannot be used, install the package anew: %s", LIBRARY.name, error)
+        return None
+    if found != _INTERFACE:
+        _log.error("%s is of another version, %d, install the package anew", LIBRARY.name, found)
+        return None
+    return native
 
 
 class Waiting:
@@ -229,18 +240,18 @@ class Waiting:
 
     def sweep(self, bodies_before_s: float, before_s: float, too_slow: Problem, unanswered: TimeoutError) -> None:
         """Refuse POSTs whose body should have come by now, and end what should have been answered."""
-        for token in self._overdue(bodies_before_s, awaits_body=True):
-            _nameless(token).problem(too_slow)
-        for token in self._overdue(before_s, awaits_body=False):
-            _nameless(token).fail(unanswered)
+        for post in self._overdue(bodies_before_s, awaits_body=True):
+            post.problem(too_slow)
+        for post in self._overdue(before_s, awaits_body=False):
+            post.fail(unanswered)
         for flight in list(self._flights.values()):
             if flight.received_s < before_s:
                 flight.fail(unanswered)
 
-    def _overdue(self, before_s: float, *, awaits_body: bool) -> Iterator[int]:
-        place = _ffi.new("int *")
-        while token := self._native.posts_overdue(place, before_s, awaits_body):
-            yield token
+    def _overdue(self, before_s: float, *, awaits_body: bool) -> Iterator[Post]:
+        place, received_s, name = _ffi.new("int *"), _ffi.new("double *"), _ffi.new("char[129]")
+        while token := self._native.posts_overdue(place, before_s, awaits_body, received_s, name):
+            yield Post(token, received_s[0], _ffi.string(name), b"", b"", b"", b"")
 
 
 _running: list[Waiting] = []
@@ -271,8 +282,9 @@ class Flight:
         """Answer all of them, see `Request.answer`; how many were still there."""
         if self._done:
             return 0
+        count = self._waiting.answer_flight(self._number, self._answers, head, body, content_type, close)
         self._done = True
-        return self._waiting.answer_flight(self._number, self._answers, head, body, content_type, close)
+        return count
 
     def problem(self, problem: Problem) -> None:
         """Answer all of them with a problem document."""
@@ -321,10 +333,6 @@ class Post(msgspec.Struct, array_like=True, gc=False):
 
 
 _decode_posts: Final = msgspec.msgpack.Decoder(list[Post]).decode
-
-
-def _nameless(token: int) -> Post:
-    return Post(token, 0.0, new_id(), b"", b"", b"", b"")
 
 
 def _count_answered(answers: Answers, head: bytes) -> int:

@@ -97,7 +97,10 @@ async def serve(port: int, options: list[str]) -> int:
     held: list[Request] = []
 
     def echo(request: Request) -> None:
-        request.read_body(MAX_BODY_BYTES, lambda request: request.answer(b"200 OK", request.body))
+        request.read_body(MAX_BODY_BYTES, lambda request: request.answer(b"200 OK", echoed(request)))
+
+    def echoed(request: Request | Post) -> bytes:
+        return b"%f" % (loop.time() - request.received_s) if request.body == b"age" else request.body
 
     def raise_behind_body(request: Request) -> None:
         request.read_body(MAX_BODY_BYTES, raise_at_once)
@@ -165,7 +168,7 @@ async def serve(port: int, options: list[str]) -> int:
         waiting = server.waiting
         assert waiting is not None
         taken.append(len(posts))
-        echoed = []
+        echo_them = []
         for post in posts:
             if post.body == b"said":
                 fields = [post.id, post.authorization, post.idempotency_key, post.forwarded_for, post.peer.encode()]
@@ -182,8 +185,8 @@ async def serve(port: int, options: list[str]) -> int:
                 for number in range(100):
                     loop.call_later(number / 100, post.answer, OK, b'"second"')
             elif post.body != b"never":
-                echoed.append(post)
-        waiting.answer_posts(echoed, [post.body for post in echoed], OK)
+                echo_them.append(post)
+        waiting.answer_posts(echo_them, [echoed(post) for post in echo_them], OK)
 
     def said(request: Request) -> None:
         fields = {"method": request.method, "query": request.query, "peer": request.peer}
