@@ -114,6 +114,7 @@ class Routes:
                 post.problem(problem)
             except Exception as error:
                 post.fail(error)
+        self.scores.flush()  # all of this turn are here
 
     def _submit(self, request: Request | Post, authorization: bytes, raw_key: bytes, forwarded_for: bytes) -> None:
         caller = self._caller(request, authorization, forwarded_for)

@@ -209,9 +209,10 @@ class Scores:
     def _schedule_flush(self) -> None:
         if not self._flush_scheduled:
             self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Send what waits, now rather than in the next turn of the loop."""
         self._flush_scheduled = False
         if self.epoch is None:
             return

@@ -78,6 +78,11 @@ class Shards:
         """See Scores."""
         self._by_board[board].submit(board, player, delta, subject, limit, waiter, key)
 
+    def flush(self) -> None:
+        """See Scores."""
+        for shard in self._all:
+            shard.flush()
+
     def read_page(self, board: str, limit: int, reader: Reader) -> None:
         """See Scores."""
         self._by_board[board].read_page(board, limit, reader)

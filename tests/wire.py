@@ -15,6 +15,7 @@ from typing import Any
 
 ADDRESS = "127.0.0.1"
 TIMEOUT_S = 10.0
+PING = 9
 
 
 @dataclasses.dataclass
@@ -123,13 +124,14 @@ class Wire:
         self.send(bytes([0x81, 0x80 | len(text)]) + mask + masked)
 
     def frame(self) -> tuple[int, bytes]:
-        """(opcode, payload) of the next frame; EOFError at the end."""
+        """(opcode, payload) of the next frame that is no ping, which may come at any time; EOFError at the end."""
         first, length = self._exactly(2)
         if length == 126:
             (length,) = struct.unpack(">H", self._exactly(2))
         elif length == 127:
             (length,) = struct.unpack(">Q", self._exactly(8))
-        return first & 0x0F, self._exactly(length)
+        opcode, payload = first & 0x0F, self._exactly(length)
+        return self.frame() if opcode == PING else (opcode, payload)
 
     def _exactly(self, length: int) -> bytes:
         while len(self._unread) < length:
