@@ -25,7 +25,7 @@ def plot(lines: Iterable[Figures], directory: Path) -> None:
         DRAWN[part](points)
         for axes in pyplot.gcf().axes:
             if axes.get_yscale() == "linear":
-                axes.set_ylim(bottom=0)  # half of it shall look like half
+                axes.set_ylim(0, 1.05 * axes.dataLim.ymax)  # half of it shall look like half
         pyplot.tight_layout()
         pyplot.savefig(directory / f"growth-{part}.png", dpi=DOTS_PER_IN)
         pyplot.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import tempfile
@@ -81,11 +82,11 @@ def gets() -> str:
     return _DONE
 
 
-def run(url: str, script: str, *, connections: int, seconds: int) -> Load:
-    """Load `url` with keep-alive connections, from one thread."""
+def run(url: str, script: str, *, connections: int, seconds: float) -> Load:
+    """Load `url` with keep-alive connections, from one thread, for whole seconds."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory, "load.lua")
         file.write_text(script)
-        argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(file), url]
+        argv = ["wrk", "-t1", f"-c{connections}", f"-d{math.ceil(seconds)}s", "--timeout", "10s", "-s", str(file), url]
         done = subprocess.run(argv, check=True, capture_output=True, text=True)
     return Load(**json.loads(done.stdout.splitlines()[-1]))

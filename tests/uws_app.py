@@ -91,6 +91,8 @@ async def serve(port: int, options: list[str]) -> int:
     request_s, headers_s = (PATIENCE_S, TIMEOUT_S) if "patient" in options else (TIMEOUT_S, PATIENCE_S)
     if "plain" in options:
         uws_native.LIBRARY = Path("/nonexistent")  # type: ignore[misc]
+    if library := os.environ.get("UWS_NATIVE"):
+        uws_native.LIBRARY = Path(library)  # type: ignore[misc]
     server = Server(request_timeout_s=request_s, body_timeout_s=TIMEOUT_S, headers_within_s=headers_s)
     events = Events(server)
     loop = asyncio.get_running_loop()
