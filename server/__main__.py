@@ -64,7 +64,6 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
     from server.metrics import ServerMetrics
     from server.routes import Routes
-    from server.uws_native import LIBRARY
 
     # A reader gives Redis half of its time, and the database the other.
     database = Database(settings.database_url, settings.request_deadline_ms / 2000 - 0.05)
@@ -77,8 +76,6 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     keys, scores = _scores(settings, database, routes)
     live = Live(settings, keys, scores, authenticator)
     server = uws.Server(request_timeout_s=settings.request_deadline_ms / 1000 + 3)
-    if server.waiting is None:
-        logging.getLogger(__name__).warning("%s is missing: requests cost half as much again", LIBRARY)
     metrics = Metrics(ServerMetrics(server, scores, live))
     routes.register(server, scores, live, metrics)
     server.websocket(

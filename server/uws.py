@@ -39,7 +39,7 @@ from server import uws_native
 from server.answers import ID_PREFIX, JSON, OK, PROBLEM_JSON, fault, head_of, log_slow, tokens
 from server.errors import CloseCode, Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
-from server.uws_native import OnFlight, OnPosts, Waiting
+from server.uws_native import OnFlight, OnPosts, Waiting, report
 
 if sys.platform != "linux":
     raise UwsError("uWebSockets shares uvloop's loop through Linux's symbol lookup: expected Linux")
@@ -144,11 +144,6 @@ def _view(getter: Callable[..., int], *arguments: Any) -> bytes:
 
 def _copy(pointer: Any, length: int) -> bytes:
     return cast(bytes, _unpack(pointer, length)) if length else b""
-
-
-def _report(exception: type[BaseException], value: BaseException, traceback: Any) -> None:
-    """Say what escaped a C callback; cffi would print it to a terminal nobody reads."""
-    _log.error("callback failed", exc_info=(exception, value, traceback))
 
 
 class Request:
@@ -506,7 +501,7 @@ class Server:
         return self._keep("void(uws_res_t*, uws_req_t*, void*)", call)
 
     def _keep(self, signature: str, function: Callable[..., None]) -> Any:
-        callback = ffi.callback(signature, function, onerror=_report)
+        callback = ffi.callback(signature, function, onerror=report)
         self._callbacks.append(callback)
         return callback
 
@@ -722,8 +717,8 @@ def _data(_res: Any, chunk: Any, length: int, last: bool, user_data: Any) -> Non
         request._receive(_copy(chunk, length), last)
 
 
-_on_aborted: Final = ffi.callback("void(uws_res_t*, void*)", _aborted, onerror=_report)
-_on_data: Final = ffi.callback("void(uws_res_t*, const char*, size_t, bool, void*)", _data, onerror=_report)
+_on_aborted: Final = ffi.callback("void(uws_res_t*, void*)", _aborted, onerror=report)
+_on_data: Final = ffi.callback("void(uws_res_t*, const char*, size_t, bool, void*)", _data, onerror=report)
 _all_headers: list[tuple[bytes, bytes]] = []
 """Of the request that `joined_header` looks at: filled and read within one call."""
 
@@ -732,7 +727,7 @@ def _header(name: Any, name_length: int, value: Any, value_length: int, _user_da
     _all_headers.append((_copy(name, name_length), _copy(value, value_length)))
 
 
-_on_header: Final = ffi.callback("void(const char*, size_t, const char*, size_t, void*)", _header, onerror=_report)
+_on_header: Final = ffi.callback("void(const char*, size_t, const char*, size_t, void*)", _header, onerror=report)
 
 
 def _adopt(loop: asyncio.AbstractEventLoop) -> None:

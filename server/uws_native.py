@@ -24,7 +24,7 @@ from server.errors import Problem
 from server.instruments import LATENCY_BOUNDS_S, Answers
 
 LIBRARY: Final = Path(__file__).with_name("libuws_native.so")
-MAX_HEAD_BYTES: Final = 3900
+_MAX_HEAD_BYTES: Final = 3900
 """Of an answer's status and header lines, without its id."""
 
 _INTERFACE: Final = 1
@@ -97,6 +97,7 @@ class Handler(NamedTuple):
 def load(uws_library: str) -> Any:
     """The functions above, or None where they were not built; `uws_library` is where uWebSockets' are."""
     if not LIBRARY.exists():
+        _log.warning("%s is missing: requests cost half as much again", LIBRARY)
         return None
     ctypes.CDLL(uws_library, mode=ctypes.RTLD_GLOBAL)  # where the library finds them
     try:
@@ -161,7 +162,7 @@ class Waiting:
         return Handler(_address(function), _address(route))
 
     def _callback(self, signature: str, function: Callable[..., None]) -> Any:
-        callback = _ffi.callback(signature, function, onerror=_report)
+        callback = _ffi.callback(signature, function, onerror=report)
         self._kept.append(callback)
         return callback
 
@@ -209,7 +210,7 @@ class Waiting:
 
     def _full(self, head: bytes) -> bytes:
         full = head + self._host.head_lines
-        assert len(full) <= MAX_HEAD_BYTES, "expected a shorter head"
+        assert len(full) <= _MAX_HEAD_BYTES, "expected a shorter head"
         return full
 
     def _on_complete(self) -> None:
@@ -350,5 +351,6 @@ def _address(pointer: Any) -> int:
     return int(_ffi.cast("uintptr_t", pointer))
 
 
-def _report(exception: type[BaseException], value: BaseException, traceback: Any) -> None:
+def report(exception: type[BaseException], value: BaseException, traceback: Any) -> None:
+    """Say what escaped a C callback; cffi would print it to a terminal nobody reads."""
     _log.error("callback failed", exc_info=(exception, value, traceback))
