@@ -12,8 +12,8 @@
 # make bench-sustain  the highest rate that everything keeps up with for SECONDS=300: BENCH_ARGS='--rate 8000'
 # Each sets up .venv first, where needed.
 
-# A file's tests stay in one process: they share servers.
-PARALLEL = -n auto --dist loadfile
+# Each process begins with a part of its own, since a file's tests share servers, and takes over from others at the end.
+PARALLEL = -n auto --dist worksteal
 
 .PHONY: run test check bench bench-quick bench-live bench-growth bench-sustain chaos audit setup setup-tests setup-bench
 

@@ -40,9 +40,6 @@ class ServiceError(ScoreboardError):
     """A service did not start; the message ends with what it said."""
 
 
-_held_ports: list[socket.socket] = []
-
-
 def free_port() -> int:
     """A TCP port of 127.0.0.1 that this process holds until it ends: no other process gets it meanwhile."""
     return free_ports(1)[0]
@@ -68,7 +65,7 @@ def free_ports(count: int) -> list[int]:
         for port in held:
             # Not before it is bound: two that bind with it could hold the same port.
             port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _held_ports.extend(held)
+            port.detach()  # stays open until this process ends
         return list(range(first, first + count))
 
 
