@@ -1,5 +1,5 @@
 # make run    a scoreboard with everything it needs: PORT=8081, DEV_ARGS=--no-demo, any setting by its name
-# make test   the tests: PYTEST_ARGS='-k redis'
+# make test   the tests, in parallel: PYTEST_ARGS='-k redis'; PARALLEL= runs one after the other
 # make check  formatter, linter, types, tests
 # make bench  the scoreboard beside its peers, about 20 minutes: BENCH_ARGS. Needs Java and Maven, and for two of the
 #             peers Node.js 20 and Go; writes bench/results.json, docs/bench-results.md and docs/bench.png
@@ -12,19 +12,22 @@
 # make bench-sustain  the highest rate that everything keeps up with for SECONDS=300: BENCH_ARGS='--rate 8000'
 # Each sets up .venv first, where needed.
 
+# Each process begins with a part of its own, since a file's tests share servers, and takes over from others at the end.
+PARALLEL = -n auto --dist worksteal
+
 .PHONY: run test check bench bench-quick bench-live bench-growth bench-sustain chaos audit setup setup-tests setup-bench
 
 run: setup
 	@.venv/bin/python -m server dev $(DEV_ARGS)
 
 test: setup-tests
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 check: setup-tests
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/mypy
-	.venv/bin/python -m pytest $(PYTEST_ARGS)
+	.venv/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 bench: setup-bench
 	.venv/bin/python -m bench $(BENCH_ARGS)

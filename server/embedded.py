@@ -40,18 +40,33 @@ class ServiceError(ScoreboardError):
     """A service did not start; the message ends with what it said."""
 
 
-_given_ports: set[int] = set()
-
-
 def free_port() -> int:
-    """A TCP port that nobody listens on at this moment, another one at each call."""
+    """A TCP port of 127.0.0.1 that this process holds until it ends: no other process gets it meanwhile."""
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """As `free_port`, `count` of them in a row.
+
+    A held port is bound and does not listen. Linux then gives it to no outgoing connection and to no one that asks for
+    any port, while a server with SO_REUSEADDR, which all servers here set, may listen on it (socket(7)).
+    """
     while True:
-        with socket.socket() as probe:
-            probe.bind((ADDRESS, 0))
-            port = int(probe.getsockname()[1])
-        if port not in _given_ports:  # whoever asked for it may not listen yet
-            _given_ports.add(port)
-            return port
+        held = [socket.socket() for _ in range(count)]
+        try:
+            held[0].bind((ADDRESS, 0))
+            first = int(held[0].getsockname()[1])
+            for number in range(1, count):
+                held[number].bind((ADDRESS, first + number))
+        except (OSError, OverflowError):  # a neighbour is taken, or past the last port
+            for port in held:
+                port.close()
+            continue
+        for port in held:
+            # Not before it is bound: two that bind with it could hold the same port.
+            port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            port.detach()  # stays open until this process ends
+        return list(range(first, first + count))
 
 
 class Service(Child):
@@ -270,7 +285,11 @@ def _copy_postgres(packages: Path, copy: Path) -> None:
             shutil.copytree(packages / part, unfinished / part, ignore=shutil.ignore_patterns("include"))
         for path in (unfinished, *unfinished.rglob("*")):
             path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
-        unfinished.rename(copy)
+        try:
+            unfinished.rename(copy)
+        except OSError:
+            if not copy.exists():  # else another process was faster
+                raise
 
 
 class MockKafka:

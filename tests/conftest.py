@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from tests.services import KafkaBroker, UnavailableError
 from tests.timescale import TimescaleServer
 
 _numbers = itertools.count(1)
+
+MOST_WORKERS = 8
+"""Each has servers of its own, of which Kafka alone takes 0.5 GB."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """pytest-xdist, for `-n auto`: two for a core, because tests wait for servers half of their time."""
+    return min(2 * len(os.sched_getaffinity(0)), MOST_WORKERS)
 
 
 def _running(service: Service) -> Iterator[Service]:

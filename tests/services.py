@@ -32,7 +32,7 @@ T = TypeVar("T")
 JWT_SECRET = "a secret that only the tests know, 42 bytes"
 
 
-def wait_until(condition: Callable[[], T], deadline_s: float = 10.0, message: str = "it never came true") -> T:
+def wait_until(condition: Callable[[], T], deadline_s: float = 30.0, message: str = "it never came true") -> T:
     """The first true value of `condition`; fails with `message` when there is none for `deadline_s`."""
     deadline = time.monotonic() + deadline_s
     while True:

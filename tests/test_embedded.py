@@ -18,7 +18,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from server import embedded
-from server.embedded import MockKafka, PostgresServer, RedisServer, ServiceError, free_port
+from server.embedded import ADDRESS, MockKafka, PostgresServer, RedisServer, ServiceError, free_port, free_ports
 from server.supervisor import alive
 from tests.services import ROOT, KafkaBroker, next_record, wait_until
 
@@ -249,9 +249,26 @@ def test_kill_9_of_whoever_started_services_ends_them(tmp_path: Path) -> None:
     assert "database system is shut down" in (tmp_path / "postgres.log").read_text()
 
 
-def test_free_port_is_free() -> None:
-    with socket.create_server(("127.0.0.1", free_port())):
+def test_free_port_is_free_for_a_server() -> None:
+    with socket.create_server((ADDRESS, free_port())):
         pass
+
+
+def test_free_port_refuses_connections_until_a_server_listens() -> None:
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((ADDRESS, free_port()), timeout=5)
+
+
+def test_free_port_goes_to_nobody_else() -> None:
+    port = free_port()
+    # As a client does that chooses where it connects from.
+    with socket.socket() as another, pytest.raises(OSError, match="Address already in use"):
+        another.bind((ADDRESS, port))
+
+
+def test_free_ports_are_neighbours() -> None:
+    first, second, third = free_ports(3)
+    assert (second, third) == (first + 1, first + 2)
 
 
 def test_starting_and_stopping_leaves_no_file_open(tmp_path: Path) -> None:

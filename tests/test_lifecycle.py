@@ -160,10 +160,11 @@ def test_request_that_follows_on_an_open_connection_is_answered(new_server: Call
 
 def test_many_watchers_are_told_to_go_and_the_process_ends(new_server: Callable[..., ServerProcess]) -> None:
     server = new_server(LIVE_MAX_PER_IP="0")
-    wires = [Wire(server.port) for _ in range(MANY)]
+    wires: list[Wire] = []
     try:
-        for wire in wires:
-            assert wire.upgrade("/live-updates").status == 101
+        for _ in range(MANY):
+            wires.append(Wire(server.port))
+            assert wires[-1].upgrade("/live-updates").status == 101
         terminate(server)
         assert server.wait(10) == 0
         for wire in wires:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 
-from server.embedded import ADDRESS, RedisServer, free_port
+from server.embedded import ADDRESS, RedisServer, free_port, free_ports
 from tests.client import can_write, connect, get, post, post_body, token, trust
 from tests.services import ROOT, ServerProcess, wait_until
 from tests.wire import Wire, once
@@ -122,16 +122,14 @@ def test_port_of_the_figures_that_is_taken_is_said_with_its_variable(server: Ser
 
 @pytest.mark.redis
 def test_each_worker_has_a_port_of_its_own_for_its_figures(redis_of_ours: RedisServer, tmp_path: Path) -> None:
-    first = free_port()
-    while owner_of(first + 1):
-        first = free_port()
+    first, second = free_ports(2)
     workers = ServerProcess(tmp_path, settings_with(redis_of_ours, WORKERS="2", METRICS_PORT=str(first)))
     try:
         workers.start()
-        for port in (first, first + 1):
+        for port in (first, second):
             wait_until(lambda port=port: owner_of(port), 20)  # type: ignore[misc]
             assert b"\nscoreboard_write_ready " in once(port, "GET", "/metrics").body
-        assert owner_of(first) != owner_of(first + 1)
+        assert owner_of(first) != owner_of(second)
     finally:
         workers.stop()
 
