@@ -22,10 +22,9 @@ if ! [ -e "$directory/made" ]; then
         --include=ca-certificates,curl,gcc,git,libc6-dev,make,procps,python3,python3-venv trixie "$root" >"$directory/debootstrap.log"
     touch "$directory/made"
 fi
-for file in /etc/resolv.conf /etc/hosts /etc/pip.conf; do
-    if [ -e "$file" ]; then cp "$file" "$root$file"; fi
+for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certificates.crt; do
+    if [ -e "$file" ]; then cp -L --remove-destination "$file" "$root$file"; fi
 done
-if [ -d /etc/ssl/certs ]; then cp -rL /etc/ssl/certs/. "$root/etc/ssl/certs/"; fi
 
 rm -rf "$root/scoreboard"
 mkdir "$root/scoreboard"
