@@ -41,8 +41,8 @@ RUN python -m pip --python /opt/scoreboard/bin/python install --no-deps . \
 # hadolint ignore=DL3006
 FROM ${BASE}
 
-# On x86-64, socketify's library is linked to the system's libuv; its version is that of the base's Debian. Nothing is installed
-# from here on, so the base's pip goes.
+# On x86-64, socketify's library is linked to the system's libuv; its version is that of the base's Debian. Nothing is
+# installed from here on, so the base's pip goes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libuv1 \
