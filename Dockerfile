@@ -1,6 +1,7 @@
 # One container: server, relay and persister. compose.yaml shows it with everything it needs; the root may be read-only.
 #
 #   docker build -t scoreboard --build-arg REVISION="$(git rev-parse HEAD)" .
+#   docker buildx build --platform linux/amd64,linux/arm64 …   for both processors
 #   docker run --read-only -p 8080:8080 -e JWT_SECRET -e REDIS_HOST=… -e KAFKA_BROKERS=… -e DATABASE_URL=… scoreboard
 
 # An exact version, since a tag without one moves. Who wants the very bytes pins the digest, which
@@ -40,8 +41,8 @@ RUN python -m pip --python /opt/scoreboard/bin/python install --no-deps . \
 # hadolint ignore=DL3006
 FROM ${BASE}
 
-# socketify's library is linked to the system's libuv; its version is that of the base's Debian. Nothing is installed
-# from here on, so the base's pip goes.
+# On x86-64, socketify's library is linked to the system's libuv; its version is that of the base's Debian. Nothing is
+# installed from here on, so the base's pip goes.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends libuv1 \

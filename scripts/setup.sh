@@ -24,15 +24,19 @@ apt_install() {
 }
 
 find_python() {
-    local name
+    local name wanted="3.11 or newer" fits="sys.version_info >= (3, 11)"
+    if [ "$(uname -m)" = aarch64 ]; then # server/machine.py says why
+        wanted="3.11 or 3.13 (on arm64, uWebSockets' library is for these two)"
+        fits="sys.version_info[:2] in ((3, 11), (3, 13))"
+    fi
     for name in "${PYTHON:-}" python3.13 python3.12 python3.11 python3 /usr/bin/python3; do
         # Asked, not just looked up: a name on the PATH may be a shim of a version that is not there.
-        if [ -n "$name" ] && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if [ -n "$name" ] && "$name" -c "import sys; sys.exit(not $fits)" 2>/dev/null; then
             echo "$name"
             return
         fi
     done
-    give_up "no Python 3.11 or newer on the PATH: install one, or name it: make PYTHON=/path/to/python3"
+    give_up "no Python $wanted on the PATH: install one, or name it: make PYTHON=/path/to/python3"
 }
 
 make_venv() {
@@ -48,6 +52,7 @@ make_venv() {
 }
 
 need_libuv() {
+    [ "$(uname -m)" = aarch64 ] && return # the wheel brings its own there
     .venv/bin/python -c 'import ctypes; ctypes.CDLL("libuv.so.1")' 2>/dev/null && return
     apt_install libuv1 ||
         give_up "libuv.so.1 is missing: install libuv (Debian and Ubuntu: apt install libuv1; Fedora: dnf install libuv)"

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import ctypes
 import logging
-import platform
 import re
 import resource
 import sys
@@ -27,6 +26,7 @@ from server.auth import Authenticator
 from server.config import OTHER_FILES, Settings
 from server.errors import ConfigError, NotReady
 from server.keys import TaggedKeys
+from server.machine import brings_libuv, this_machine, why_unusable
 from server.redis_connection import open_connection
 from server.slots import Address, check_mode
 from server.topology import Topology
@@ -112,19 +112,19 @@ def look_at(part: str, settings: Settings) -> Iterator[Finding]:
 
 def check_machine() -> Iterator[Finding]:
     """The processor, the library that uWebSockets stands on, and the one that pip compiles."""
-    machine = f"{platform.system()} {platform.machine()}"
-    if machine == "Linux x86_64":
-        yield Finding(State.OK, "machine", machine)
+    system, machine, python = this_machine()
+    said = f"{system} {machine}, Python {python[0]}.{python[1]}"
+    if unusable := why_unusable(system, machine, python):
+        yield Finding(State.FAIL, "machine", said, unusable)
     else:
-        yield Finding(
-            State.FAIL, "machine", machine, "uWebSockets' library is for Linux x86_64: use the container there"
-        )
-    try:
-        ctypes.CDLL("libuv.so.1")
-    except OSError as error:
-        yield Finding(State.FAIL, "libuv", str(error), "install libuv (Debian and Ubuntu: apt install libuv1)")
-    else:
-        yield Finding(State.OK, "libuv", "libuv.so.1")
+        yield Finding(State.OK, "machine", said)
+    if not brings_libuv(machine):
+        try:
+            ctypes.CDLL("libuv.so.1")
+        except OSError as error:
+            yield Finding(State.FAIL, "libuv", str(error), "install libuv (Debian and Ubuntu: apt install libuv1)")
+        else:
+            yield Finding(State.OK, "libuv", "libuv.so.1")
     if LIBRARY.exists():
         yield Finding(State.OK, "compiled part", LIBRARY.name)
     else:

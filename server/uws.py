@@ -39,10 +39,11 @@ from server import uws_native
 from server.answers import ID_PREFIX, JSON, OK, PROBLEM_JSON, fault, head_of, log_slow, tokens
 from server.errors import CloseCode, Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
+from server.machine import this_machine, why_unusable
 from server.uws_native import OnFlight, OnPosts, Waiting, report
 
-if sys.platform != "linux":
-    raise UwsError("uWebSockets shares uvloop's loop through Linux's symbol lookup: expected Linux")
+if unusable := why_unusable(*this_machine()):
+    raise UwsError(unusable)
 if "socketify.native" in sys.modules:
     raise UwsError("socketify's library was opened before uvloop's libuv was made visible")
 ctypes.CDLL(uvloop.loop.__file__, mode=ctypes.RTLD_GLOBAL)
@@ -50,8 +51,8 @@ if not hasattr(ctypes.CDLL(None), "uv_run"):
     raise UwsError("this uvloop does not export libuv's functions: expected the one in constraints.txt")
 try:
     from socketify.native import ffi, lib, library_path
-except OSError as error:
-    raise UwsError(f"socketify's library cannot be opened (x86-64 and libuv1 are needed): {error}") from error
+except (ImportError, OSError) as error:
+    raise UwsError(f"socketify's library cannot be opened, are it and libuv1 installed? {error}") from error
 
 _log = logging.getLogger(__name__)
 
