@@ -47,6 +47,8 @@ _PROBLEM_TYPES: Final = {
     405: "method-not-allowed",
     408: "request-timeout",
     413: "body-too-large",
+    414: "target-too-long",
+    415: "encoding-not-supported",
     422: "idempotency-key-reused",
     426: "upgrade-required",
     429: "rate-limited",

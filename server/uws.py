@@ -95,12 +95,17 @@ HANDSHAKE_S: Final = 0.05
 LINGER_S: Final = 0.5
 """Longest that open connections without a request hold up the end: one may be on its way."""
 
+MAX_TARGET_BYTES: Final = 8192
+"""Longest path and query that a route gets to see: RFC 9110, 4.1, asks for 8000, and decoding has its price."""
+
 DISCARD_BYTES: Final = 4 * 2**20
 """How much of a body that is too large is read and dropped, so that its sender gets to see the 413."""
 
 _poll = ctypes.CDLL(library_path).us_poll_fd
 _poll.argtypes, _poll.restype = [ctypes.c_void_p], ctypes.c_int
 _GOOD_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+
+_TARGET_TOO_LONG: Final = Problem(414, f"expected a path and query of at most {MAX_TARGET_BYTES} bytes, got more")
 
 Handler = Callable[["Request"], None]
 
@@ -187,16 +192,21 @@ class Request:
 
     def header(self, name: bytes) -> bytes:
         """The value of the header `name` (lower case), b"" when absent. Only inside the handler."""
-        assert self._req is not None, "headers are gone once the handler has returned"
-        length = _get_header(self._req, name, len(name), _view_pointer)
+        length = _get_header(self._line, name, len(name), _view_pointer)
         return cast(bytes, _unpack(_view_pointer[0], length)) if length else b""
 
     def joined_header(self, name: bytes) -> bytes:
         """The values of all headers `name`, in order, with commas between (RFC 9110, 5.3). Only inside the handler."""
-        assert self._req is not None, "headers are gone once the handler has returned"
         _all_headers.clear()
-        lib.uws_req_for_each_header(self._req, _on_header, ffi.NULL)
+        lib.uws_req_for_each_header(self._line, _on_header, ffi.NULL)
         return b", ".join(value for key, value in _all_headers if key == name)
+
+    @property
+    def _line(self) -> Any:
+        """uWebSockets' request: C would read freed memory once the handler has returned."""
+        if self._req is None:
+            raise UwsError("request line and headers are gone once the handler has returned")
+        return self._req
 
     @property
     def id(self) -> bytes:
@@ -206,14 +216,12 @@ class Request:
     @property
     def method(self) -> str:
         """In upper case. Only inside the handler."""
-        assert self._req is not None, "the request line is gone once the handler has returned"
-        return _view(lib.uws_req_get_case_sensitive_method, self._req).decode("latin-1")
+        return _view(lib.uws_req_get_case_sensitive_method, self._line).decode("latin-1")
 
     @property
     def target(self) -> bytes:
         """Path and query as sent. Only inside the handler."""
-        assert self._req is not None, "the request line is gone once the handler has returned"
-        length = _get_full_url(self._req, _view_pointer)
+        length = _get_full_url(self._line, _view_pointer)
         return cast(bytes, _unpack(_view_pointer[0], length))
 
     @property
@@ -315,6 +323,8 @@ class Request:
         given = self.header(b"x-request-id")
         self._given_id = given if given and _GOOD_ID.fullmatch(given) else b""
         try:  # as `guard` does
+            if _get_full_url(self._req, _view_pointer) > MAX_TARGET_BYTES:
+                raise _TARGET_TOO_LONG
             handler(self)
         except Exception as error:
             self._refuse(error)
@@ -373,7 +383,8 @@ class Socket:
 
     def end(self, code: CloseCode, reason: bytes) -> None:
         """Close politely. An empty reason would make uWebSockets do nothing at all."""
-        assert reason, "expected a reason"
+        if not reason:
+            raise UwsError("expected a reason to close a WebSocket with, got none")
         if self._ws is not None:
             lib.uws_ws_end(SSL, self._ws, int(code), reason, len(reason))
 
@@ -564,8 +575,8 @@ class Server:
         whoever publishes has to look at `buffered_bytes` first. uWebSockets aborts on an `idle_timeout_s` outside
         0 or 8 to 960.
         """
-        assert idle_timeout_s == 0 or 8 <= idle_timeout_s <= 960, "expected idle_timeout_s 0 or 8 to 960"
-
+        if idle_timeout_s and not 8 <= idle_timeout_s <= 960:
+            raise UwsError(f"idle_timeout_s: expected 0 or 8 to 960, got {idle_timeout_s}")
         answers = self._answers_of(path)
 
         def accept_and_upgrade(context: Any) -> Handler:

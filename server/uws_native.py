@@ -20,7 +20,7 @@ import cffi
 import msgspec
 
 from server.answers import JSON, OK, PROBLEM_JSON, fault, head_of, log_slow, new_id
-from server.errors import Problem
+from server.errors import Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
 
 LIBRARY: Final = Path(__file__).with_name("libuws_native.so")
@@ -210,7 +210,8 @@ class Waiting:
 
     def _full(self, head: bytes) -> bytes:
         full = head + self._host.head_lines
-        assert len(full) <= _MAX_HEAD_BYTES, "expected a shorter head"
+        if len(full) > _MAX_HEAD_BYTES:  # C would end the process
+            raise UwsError(f"expected status and header lines of at most {_MAX_HEAD_BYTES} bytes, got {len(full)}")
         return full
 
     def _on_complete(self) -> None:
