@@ -94,7 +94,7 @@ if command -v flock >/dev/null; then flock 9; fi # two makes in one tree set up 
 
 .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
 stamp=.venv/installed-$extras
-wanted=$(cat pyproject.toml constraints.txt hatch_build.py server/*.c | cksum)
+wanted=$(cat pyproject.toml constraints.txt hatch_build.py server/*.[ch] | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "installing the dependencies ($extras)"
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"

@@ -107,6 +107,17 @@ _GOOD_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 _TARGET_TOO_LONG: Final = Problem(414, f"expected a path and query of at most {MAX_TARGET_BYTES} bytes, got more")
 
+_REFUSALS: Final = (
+    Problem(400, "expected a request of HTTP/1.1 as in RFC 9112, with one Host and a body of the length that it says"),
+    Problem(413, "Content-Length: expected at most 9 digits"),
+    _TARGET_TOO_LONG,
+    Problem(417, "Expect: expected 100-continue, or no such header"),
+    Problem(431, "expected at most 48 header lines, and 16384 bytes of them"),
+    Problem(501, "Transfer-Encoding: expected chunked, or no such header"),
+    Problem(505, "expected HTTP/1.1 or HTTP/1.0"),
+)
+"""What uws_wire.c answers with where there is no request to answer."""
+
 Handler = Callable[["Request"], None]
 
 
@@ -277,7 +288,8 @@ class Request:
         if body is None:
             server.note_answer(self._res)
         data, length = (ffi.NULL, 0) if body is None else (body, len(body))
-        _send(SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining)
+        close = (server.waiting is not None and server.waiting.ends(self._res)) or close or server.draining
+        _send(SSL, self._res, data, length, head, len(head), content_type, len(content_type), close)
         if self._req is not None and not lib.uws_res_has_responded(SSL, self._res):
             # Behind other answers that its client has not taken, this one was dropped, whole or in part.
             lib.uws_res_close(SSL, self._res)
@@ -659,6 +671,8 @@ class Server:
             raise UwsError(
                 f"cannot listen on {host}:{port}: taken by another process, or no address of this machine (HOST, PORT)"
             )
+        if self.waiting is not None:
+            self.waiting.watch(_token(self._listening), _REFUSALS)
         with self._listener() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.listen(BACKLOG)

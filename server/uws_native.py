@@ -27,7 +27,7 @@ LIBRARY: Final = Path(__file__).with_name("libuws_native.so")
 _MAX_HEAD_BYTES: Final = 3900
 """Of an answer's status and header lines, without its id."""
 
-_INTERFACE: Final = 1
+_INTERFACE: Final = 2
 _NO_TARGET: Final = -1
 
 _ffi: Final = cffi.FFI()
@@ -65,6 +65,10 @@ _ffi.cdef(
     int posts_open(void);
     uint64_t posts_overdue(int *place, double before_s, bool awaits_body, double *received_s, char *id);
     size_t post_peer(uint64_t token, const char **text);
+    void wire_refusal(int status, const char *answer, int length);
+    bool wire_begin(void *listen_socket, void (*on_waiting)(void));
+    bool wire_answers(void *res);
+    void wire_resume(void);
     """
 )
 _BOUNDS: Final = _ffi.new("double[]", LATENCY_BOUNDS_S)
@@ -165,6 +169,30 @@ class Waiting:
         callback = _ffi.callback(signature, function, onerror=report)
         self._kept.append(callback)
         return callback
+
+    # ------------------------------------------------------------------ the wire: see uws_wire.c
+
+    def watch(self, listen_socket: int, refusals: Sequence[Problem]) -> None:
+        """Put in order what comes in on connections to `listen_socket`; what cannot be is answered with `refusals`.
+
+        Raises UwsError where the library is not the one that this was written for.
+        """
+        for problem in refusals:
+            head, body = head_of(problem) + self._host.head_lines, problem.body()
+            fields = b"Content-Type: %b\r\nContent-Length: %d\r\nConnection: close" % (PROBLEM_JSON, len(body))
+            answer = b"HTTP/1.1 %b\r\n%b\r\n\r\n%b" % (head, fields, body)
+            self._native.wire_refusal(problem.status, answer, len(answer))
+        on_waiting = self._callback("void(*)(void)", self._on_waiting)
+        if not self._native.wire_begin(_ffi.cast("void *", listen_socket), on_waiting):
+            raise UwsError("uSockets' handlers cannot be replaced: expected the socketify of constraints.txt")
+
+    def ends(self, res: Any) -> bool:
+        """To be asked once before each answer: whether it is the last on its connection."""
+        return bool(self._native.wire_answers(res))
+
+    def _on_waiting(self) -> None:
+        """A request waits behind one that is being answered now."""
+        self._loop.call_soon(self._native.wire_resume)
 
     # ------------------------------------------------------------------ answers
 

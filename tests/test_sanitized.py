@@ -39,7 +39,7 @@ def sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UwsAp
             pytest.skip(f"this gcc has no {name}")
         runtimes.append(runtime)
     flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fPIC", "-shared"]
-    subprocess.run([compiler, *flags, "-o", library, ROOT / "server/uws_native.c"], check=True)
+    subprocess.run([compiler, *flags, "-o", library, *sorted(ROOT.glob("server/uws_*.c"))], check=True)
     monkeypatch.setenv("LD_PRELOAD", " ".join(runtimes))
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
     monkeypatch.setenv("UWS_NATIVE", str(library))
