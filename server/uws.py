@@ -109,7 +109,6 @@ _TARGET_TOO_LONG: Final = Problem(414, f"expected a path and query of at most {M
 
 _REFUSALS: Final = (
     Problem(400, "expected a request of HTTP/1.1 as in RFC 9112, with one Host and a body of the length that it says"),
-    Problem(413, "Content-Length: expected at most 9 digits"),
     _TARGET_TOO_LONG,
     Problem(417, "Expect: expected 100-continue, or no such header"),
     Problem(431, "expected at most 48 header lines, and 16384 bytes of them"),

@@ -54,8 +54,10 @@ enum mode { HEAD, BODY, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER, REFUSED };
 struct wire {
     us_socket_t *socket;
     enum mode mode;
+    bool began;       // had a request: only before the first may PROXY stand
     bool half_closed; // its client sends no more, and waits for an answer
     bool resumes;     // stands in `resuming`
+    bool more;        // the request that is being passed on is not the last of what came
     uint32_t left;    // bytes of the body or the chunk that are still to come; of trailers, those that came
     char *held;       // what came and could not be passed on yet
     size_t held_length;
@@ -97,7 +99,7 @@ enum verdict { PLAIN, REWRITE, PARTIAL }; // any other is a status to refuse wit
 struct head {
     size_t length; // with the empty line
     uint32_t body;
-    bool is_chunked, has_length, has_host, is_old, closes;
+    bool has_coding, is_chunked, has_length, has_host, is_old, closes;
     int lines;
     size_t method_length, target, target_length; // places in the head
     int verdict;
@@ -170,9 +172,9 @@ static int read_line(struct head *head, const char *name, size_t name_length, ch
         if (!length) return 400;
         for (size_t i = 0; i < length; i++)
             if (value[i] < '0' || value[i] > '9') return 400;
-        if (length > 9) return 413;
+        if (length > 9) return 400;
         for (size_t i = 0; i < length; i++) body = 10 * body + (uint32_t)(value[i] - '0');
-        if (head->is_chunked || (head->has_length && head->body != body)) return 400;
+        if (head->has_coding || (head->has_length && head->body != body)) return 400;
         head->has_length = true;
         head->body = body;
         return 0;
@@ -180,8 +182,8 @@ static int read_line(struct head *head, const char *name, size_t name_length, ch
     case 17:
         if (!is(name, 17, "transfer-encoding")) return 0;
         if (head->has_length || head->is_old) return 400;
-        if (head->is_chunked || !is(value, length, "chunked")) return 501;
-        head->is_chunked = true;
+        head->is_chunked = !head->has_coding && is(value, length, "chunked");
+        head->has_coding = true;
         return 0;
     }
     return 0;
@@ -279,6 +281,7 @@ static void read_head(struct head *head, char *data, size_t length) {
     // Two may be added: Host and Connection.
     if (!refused && head->lines + (head->verdict == REWRITE ? 2 : 0) > MAX_HEAD_LINES) refused = 431;
     if (!refused && !head->has_host && !head->is_old) refused = 400;
+    if (!refused && head->has_coding && !head->is_chunked) refused = 501;
     if (refused) head->verdict = refused;
 }
 
@@ -373,15 +376,17 @@ static size_t smaller(size_t one, size_t other) { return one < other ? one : oth
 static size_t proxy_header(const char *data, size_t length) {
     static const char mark[12] = "\r\n\r\n\0\r\nQUIT\n";
     if (*data != '\r' || memcmp(data, mark, smaller(length, 12))) return 0;
-    if (length < 16) return length > 4 || length == 4 ? length + 1 : 0;
+    if (length < 16) return length + 1;
     size_t whole = 16 + ((size_t)(uint8_t)data[14] << 8 | (uint8_t)data[15]);
     return whole <= length ? whole : length + 1;
 }
 
 // Pass on the beginning of a message: how much of `data` that was, 0 when more has to come first.
 static size_t take_head(us_socket_t **s, struct wire *wire, char *data, size_t length) {
-    size_t proxied = proxy_header(data, length);
-    if (proxied) return proxied <= length ? proxied : 0;
+    if (!wire->began) {
+        size_t proxied = proxy_header(data, length);
+        if (proxied) return proxied <= length ? proxied : 0;
+    }
     if (*data == '\r' || *data == '\n') return 1; // RFC 9112, 2.2
     if (!uws_res_has_responded(SSL, *s)) {
         if (length > MAX_WAITING) *s = us_socket_close(SSL, *s, 0, NULL);
@@ -398,7 +403,9 @@ static size_t take_head(us_socket_t **s, struct wire *wire, char *data, size_t l
         *s = refuse(*s, head.verdict);
         return length;
     }
+    wire->began = true;
     size_t body = head.is_chunked ? 0 : smaller(head.body, length - head.length);
+    wire->more = length > head.length + body;
     wire->left = head.body - (uint32_t)body;
     wire->mode = head.is_chunked ? CHUNK_SIZE : wire->left ? BODY : HEAD;
     if (head.verdict == PLAIN) {
@@ -456,6 +463,7 @@ static size_t take(us_socket_t **s, struct wire *wire, char *data, size_t length
         if (end - data == 1 && *data == '\r') {
             char last[5 + PADDING] = "0\r\n\r\n";
             wire->mode = HEAD;
+            wire->more = length > 2;
             *s = forward(*s, last, 5);
             return 2;
         }
@@ -465,6 +473,8 @@ static size_t take(us_socket_t **s, struct wire *wire, char *data, size_t length
     }
     return length;
 }
+
+static us_socket_t *on_end(us_socket_t *s);
 
 // Pass on what was held and what came now, message by message, and hold the rest.
 static us_socket_t *sort_out(us_socket_t *s, const char *data, size_t length) {
@@ -483,14 +493,15 @@ static us_socket_t *sort_out(us_socket_t *s, const char *data, size_t length) {
         if (!taken) break;
         at += taken;
     }
+    wire->more = false;
     if (at == all) {
         free(buffer);
-        return s;
+    } else {
+        memmove(buffer, buffer + at, all - at);
+        wire->held = must(realloc(buffer, all - at + PADDING));
+        wire->held_length = all - at;
     }
-    memmove(buffer, buffer + at, all - at);
-    wire->held = must(realloc(buffer, all - at + PADDING));
-    wire->held_length = all - at;
-    return s;
+    return wire->half_closed ? on_end(s) : s;
 }
 
 // ---------------------------------------------------------------- uSockets' handlers
@@ -531,6 +542,7 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
         if (head.verdict == PLAIN && !head.is_chunked && head.length + head.body >= (size_t)length) {
             wire->left = (uint32_t)(head.length + head.body - (size_t)length);
             if (wire->left) wire->mode = BODY;
+            wire->began = true;
             return next_data(s, data, length);
         }
     }
@@ -540,7 +552,7 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
 // The client has closed its sending half. If it has sent a whole request, it waits for the answer; else it is gone.
 static us_socket_t *on_end(us_socket_t *s) {
     struct wire *wire = wire_of(s);
-    bool waits = wire->mode == HEAD && !uws_res_has_responded(SSL, s);
+    bool waits = wire->mode == HEAD && (!uws_res_has_responded(SSL, s) || wire->resumes);
     if (wire->mode == REFUSED || !(waits || uws_ws_get_buffered_amount(SSL, s))) return next_end(s);
     wire->half_closed = true;
     return s;
@@ -553,7 +565,7 @@ bool wire_answers(void *res) {
     if (!context) return false;
     int fd = us_poll_fd(res);
     struct wire *wire = &wires[fd];
-    if (!wire->held_length || wire->mode != HEAD) return wire->half_closed;
+    if (!wire->held_length || wire->mode != HEAD) return wire->half_closed && !wire->more;
     if (!wire->resumes) {
         if (resuming_count == resuming_room) {
             resuming_room = resuming_room ? 2 * resuming_room : 64;
