@@ -25,7 +25,8 @@ API_VERSION: Final = "1"
 _DESCRIPTION: Final = """\
 Errors are `application/problem+json` (RFC 9457). On every path: another method is 405 with `Allow`, OPTIONS is 204
 (CORS preflight); any other path is 404; a path and query of more than 8192 bytes are 414. Every answer that may change
-has `Cache-Control: no-store`, and files have an `ETag`. Watching the board live is described in docs/live.md and docs/asyncapi.yaml.
+has `Cache-Control: no-store`, and files have an `ETag`. Watching the board live is described in docs/live.md and
+docs/asyncapi.yaml.
 
 What is no request of HTTP/1.0 or HTTP/1.1 is refused before there is an operation to ask, and the connection ends:
 400; 417 for an expectation other than 100-continue; 431 for more than 48 header lines or 16 KiB of them; 501 for a
