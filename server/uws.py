@@ -6,7 +6,8 @@ Whatever can go wrong in C is made impossible at this border:
 
 * a Request is answered once, or not at all if its client is gone; a handler that raises still answers;
 * a Socket drops its pointer in the close callback, so a late send is a value (CLOSED), never a crash;
-* bodies and waiting times are bounded here, since uWebSockets bounds neither.
+* bodies and waiting times are bounded here, since uWebSockets bounds neither;
+* what its parser of 2023 would misread is put in order, or refused, before it sees it (uws_wire.c).
 
 uWebSockets runs on uvloop's own libuv loop: one loop, one epoll, nothing to pump. Three rules follow:
 uvloop's libuv is made visible before socketify's library is opened; the loop is never closed (uvloop would take

@@ -1,4 +1,5 @@
-"""Requests that wait in C, in uws_native.c, until Python has something for all of them; the two change together.
+"""Requests that wait in C, in uws_native.c, until Python has something for all of them, and what comes in, which
+uws_wire.c puts in order first; they change together.
 
 GETs of the same target share an answer (Flight); POSTs come several at once, and go several at once (Post). Whatever
 does not fit goes to server/uws.py one by one, and so does everything where the library was not built.
@@ -101,7 +102,7 @@ class Handler(NamedTuple):
 def load(uws_library: str) -> Any:
     """The functions above, or None where they were not built; `uws_library` is where uWebSockets' are."""
     if not LIBRARY.exists():
-        _log.warning("%s is missing: requests cost half as much again", LIBRARY)
+        _log.warning("%s is missing: requests cost half as much again, and unusual ones are not read", LIBRARY)
         return None
     ctypes.CDLL(uws_library, mode=ctypes.RTLD_GLOBAL)  # where the library finds them
     try:
