@@ -129,7 +129,7 @@ def check_machine() -> Iterator[Finding]:
         yield Finding(State.OK, "compiled part", LIBRARY.name)
     else:
         yield Finding(
-            State.WARN, "compiled part", f"{LIBRARY.name} is missing: requests cost half as much again, and unusual ones are not read",
+            State.WARN, "compiled part", f"{LIBRARY.name} is missing: requests cost half as much again",
             "install the package anew: pip compiles it",
         )  # fmt: skip
 
