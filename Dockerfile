@@ -27,7 +27,7 @@ RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
 COPY README.md hatch_build.py ./
 COPY server server
 COPY sync sync
-# This compiles uws_native.c: there is no compiler here, so pip fetches Zig's for it, and lets it go again.
+# This compiles server/uws_*.c: there is no compiler here, so pip fetches Zig's for it, and lets it go again.
 # Out goes what only other systems load, what only a compiler reads, and setuptools, which socketify asks for and never
 # imports. The .pyc files stay: 9 MB, and without them each start takes half a second longer.
 RUN python -m pip --python /opt/scoreboard/bin/python install --no-deps . \

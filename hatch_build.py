@@ -1,4 +1,4 @@
-"""Compiles server/uws_native.c when the package is built: with the C compiler that is there, or else with Zig's.
+"""Compiles server/uws_*.c when the package is built: with the C compiler that is there, or else with Zig's.
 
 Zig comes from the package index, is put into pip's build environment only, and brings its own headers. Needs Linux,
 as the server does.
@@ -16,7 +16,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = "server/uws_native.c"
+SOURCES = ("server/uws_native.c", "server/uws_wire.c")
 LIBRARY = "server/libuws_native.so"
 ZIG = "ziglang==0.17.1"
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared")
@@ -37,8 +37,9 @@ class CustomBuildHook(BuildHookInterface[Any]):
         )
         if problem:
             raise RuntimeError(
-                f"{SOURCE} cannot be compiled: {problem}\n"
-                "With HATCH_BUILD_NO_HOOKS=true it is left out: the server runs without it, only slower."
+                f"{' and '.join(SOURCES)} cannot be compiled: {problem}\n"
+                "With HATCH_BUILD_NO_HOOKS=true it is left out. The server is slower without it, and reads only what "
+                "uWebSockets' own parser reads."
             )
         build_data["artifacts"].append(LIBRARY)
         build_data["pure_python"] = False
@@ -54,7 +55,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
         # Put into place at the end: a server that runs from this tree has the old one open.
         with tempfile.TemporaryDirectory(dir=root / "server", prefix=".build-") as directory:
             library = Path(directory, "library.so")
-            argv = [*compiler, *FLAGS, "-o", str(library), str(root / SOURCE)]
+            argv = [*compiler, *FLAGS, "-o", str(library), *(str(root / source) for source in SOURCES)]
             env = {**os.environ, "ZIG_GLOBAL_CACHE_DIR": directory, "ZIG_LOCAL_CACHE_DIR": directory}
             try:
                 done = subprocess.run(argv, check=False, capture_output=True, text=True, env=env)

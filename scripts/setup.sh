@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# scripts/setup.sh EXTRAS [tests|bench]: a .venv as pyproject.toml and constraints.txt want it; for the tests Chromium and
-# nginx where they can be had, for the benchmarks wrk. Does nothing when they are there.
+# scripts/setup.sh EXTRAS [tests|bench]: a .venv as pyproject.toml and constraints.txt want it; for the tests Chromium,
+# nginx and haproxy where they can be had, for the benchmarks wrk. Does nothing when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=$1 purpose=${2:-}
@@ -88,13 +88,31 @@ want_nginx() {
     fi
 }
 
+# Unpacked too, with the libraries that Debian gives to it alone: tests/haproxy.py names them to the dynamic linker.
+want_haproxy() {
+    local into=.cache/haproxy asked=.cache/no-haproxy libraries
+    if PATH=$PATH:/usr/sbin command -v haproxy >/dev/null || [ -x $into/usr/sbin/haproxy ] || [ -e $asked ]; then return; fi
+    say "fetching haproxy with apt-get"
+    mkdir -p $into
+    libraries=$(apt-cache depends --recurse --no-recommends --no-suggests --no-conflicts --no-breaks --no-replaces \
+        --no-enhances haproxy 2>/dev/null | grep -E '^lib(lua|opentracing|pcre2-8)' | sort -u) || true
+    # shellcheck disable=SC2086 # one word for each
+    (cd $into && apt-get download -qq haproxy $libraries >&2) || true
+    for package in "$into"/*.deb; do dpkg -x "$package" $into || true; done
+    rm -f "$into"/*.deb
+    if [ ! -x $into/usr/sbin/haproxy ]; then
+        touch $asked
+        say "no haproxy could be had: its tests will be skipped (to ask again, delete $asked)"
+    fi
+}
+
 mkdir -p .cache
 exec 9>.cache/setup.lock
 if command -v flock >/dev/null; then flock 9; fi # two makes in one tree set up once
 
 .venv/bin/python -m pip --version >/dev/null 2>&1 || make_venv
 stamp=.venv/installed-$extras
-wanted=$(cat pyproject.toml constraints.txt hatch_build.py server/*.c | cksum)
+wanted=$(cat pyproject.toml constraints.txt hatch_build.py server/*.[ch] | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "installing the dependencies ($extras)"
     .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[$extras]"
@@ -104,5 +122,6 @@ need_libuv
 if [ "$purpose" = tests ]; then
     want_chromium
     want_nginx
+    want_haproxy
 fi
 if [ "$purpose" = bench ]; then need_wrk; fi

@@ -13,6 +13,8 @@ from server.logs import Sparing
 OK: Final = b"200 OK"
 JSON: Final = b"application/json"
 PROBLEM_JSON: Final = b"application/problem+json"
+NO_STORE: Final = b"\r\nCache-Control: no-store"
+"""A header line of what is true only now: without it, a cache may keep a 200 or a 404 for as long as it likes."""
 
 tokens: Final = itertools.count(1)
 ID_PREFIX: Final = secrets.token_hex(4).encode() + b"-"

@@ -6,6 +6,7 @@ came. Knows no HTTP.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final
 
 import msgspec
@@ -22,11 +23,48 @@ PlayerName = Annotated[
 Points = Annotated[int, msgspec.Meta(examples=[5], extra_json_schema=SCORE)]
 
 
+# A number of RFC 8259, section 6, that is not spelled as an integer.
+_DECIMAL: Final = re.compile(rb"(-?)(0|[1-9][0-9]*)(?:\.([0-9]+))?(?:[eE]([+-]?)([0-9]+))?")
+_MOST_DIGITS: Final = len(str(MAX_SCORE))
+
+
+def whole_number(text: bytes) -> int | None:
+    """The integer that `text` spells in any way of RFC 8259, exactly; None when it spells none.
+
+    An integer with more digits than MAX_SCORE comes as MAX_SCORE + 1 or its negative. No double is involved, and no
+    large power of ten is worked out.
+    """
+    match = _DECIMAL.fullmatch(text)
+    if match is None:
+        return None
+    sign, whole, fraction = match[1], match[2], match[3] or b""
+    digits = (whole + fraction).lstrip(b"0")
+    if not digits:
+        return 0
+    significant = digits.rstrip(b"0")
+    # No body holds a fraction of a million digits, so of a larger exponent only the sign matters.
+    exponent = min(int((match[5] or b"").lstrip(b"0")[:7] or b"0"), 1_000_000)
+    power = (-exponent if match[4] == b"-" else exponent) - len(fraction) + len(digits) - len(significant)
+    if power < 0:
+        return None
+    if len(significant) + power > _MOST_DIGITS:
+        return -MAX_SCORE - 1 if sign else MAX_SCORE + 1
+    return int(sign + significant + b"0" * power)
+
+
 class Change(msgspec.Struct, rename="camel", gc=False):
     """The body of POST /update-score."""
 
     player_id: PlayerName
     score_delta: Points
+    board: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class SpelledChange(msgspec.Struct, rename="camel", gc=False):
+    """A Change whose number is still text, for what msgspec does not take for an integer."""
+
+    player_id: str
+    score_delta: msgspec.Raw
     board: str | msgspec.UnsetType = msgspec.UNSET
 
 

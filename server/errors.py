@@ -47,11 +47,17 @@ _PROBLEM_TYPES: Final = {
     405: "method-not-allowed",
     408: "request-timeout",
     413: "body-too-large",
+    414: "target-too-long",
+    415: "encoding-not-supported",
+    417: "expectation-failed",
     422: "idempotency-key-reused",
     426: "upgrade-required",
     429: "rate-limited",
+    431: "headers-too-large",
     500: "internal-error",
+    501: "not-implemented",
     503: "not-applied",
+    505: "version-not-supported",
 }
 
 PROBLEM_KINDS: Final = (*_PROBLEM_TYPES.values(), "outcome-unknown", "unavailable")

@@ -24,17 +24,21 @@ API_VERSION: Final = "1"
 
 _DESCRIPTION: Final = """\
 Errors are `application/problem+json` (RFC 9457). On every path: another method is 405 with `Allow`, OPTIONS is 204
-(CORS preflight); any other path is 404. Watching the board live is described in docs/live.md and docs/asyncapi.yaml.
+(CORS preflight); any other path is 404; a path and query of more than 8192 bytes are 414. Every answer that may change
+has `Cache-Control: no-store`, and files have an `ETag`. Watching the board live is described in docs/live.md and
+docs/asyncapi.yaml.
 
-The HTTP parser answers by itself, in HTML or by closing the connection, to what it does not read: header lines of
-more than 4 KiB (431), trailers behind a chunked body and absolute targets (505), more than 48 header lines, header
-names of more than letters, digits and hyphens, methods that are not of RFC 9110 and 5789."""
+What is no request of HTTP/1.0 or HTTP/1.1 is refused before there is an operation to ask, and the connection ends:
+400; 417 for an expectation other than 100-continue; 431 for more than 48 header lines or 16 KiB of them; 501 for a
+Transfer-Encoding other than chunked; 505. Headers whose names have more than letters, digits and hyphens are not read.
+Methods that are not of RFC 9110 and 5789 are 404, in HTML."""
 
 Json = dict[str, Any]
 
 _TEXT: Final = {"schema": {"type": "string"}}
 _WHOLE: Final = {"schema": {"type": "integer", "minimum": 1}}
 _HEADERS: Final[dict[str, Json]] = {
+    "Accept-Encoding": {"description": "What a body may be encoded in.", "schema": {"const": "identity"}},
     "Allow": {"description": "The methods there are.", **_TEXT},
     "ETag": {"description": "Changes with the content.", **_TEXT},
     "Idempotent-Replayed": {
@@ -140,6 +144,8 @@ def _update() -> Json:
             "404": _problem("No such board."),
             "408": _problem("The body took too long to arrive."),
             "413": _problem("The body is over 16 KiB."),
+            "414": _TOO_LONG,
+            "415": _problem("The body has a Content-Encoding.", "Accept-Encoding"),
             "422": _problem("The Idempotency-Key came with another payload before."),
             "429": _problem("Too many updates or bad tokens.", "Retry-After", "RateLimit", "RateLimit-Policy"),
             "500": _problem("A fault of ours; `detail` has the id it is logged with."),
@@ -168,6 +174,7 @@ def _live(board: Json) -> Json:
             "400": _problem("A parameter is out of range."),
             "403": _problem("Pages of that origin may not watch."),
             "404": _problem("No such board."),
+            "414": _TOO_LONG,
             "426": _problem("This was no WebSocket handshake.", "Upgrade"),
             "500": _problem("A fault of ours; `detail` has the id it is logged with."),
             "503": _problem("Restarting, or too many connections.", "Retry-After"),
@@ -177,7 +184,11 @@ def _live(board: Json) -> Json:
 
 def _readable(operation: str, summary: str, responses: Json, parameters: Sequence[Json] = ()) -> Json:
     """GET and HEAD, which answers the same without a body."""
-    responses = {**responses, "500": _problem("A fault of ours; `detail` has the id it is logged with.")}
+    responses = {
+        **responses,
+        "414": _TOO_LONG,
+        "500": _problem("A fault of ours; `detail` has the id it is logged with."),
+    }
     heads = {
         status: {name: part for name, part in answer.items() if name != "content"}
         for status, answer in responses.items()
@@ -217,3 +228,6 @@ def _answer(description: str, content_type: str = "", schema: Json | None = None
     if content_type:
         answer["content"] = {content_type: {"schema": schema}}
     return answer
+
+
+_TOO_LONG: Final = _problem("Path and query are over 8192 bytes.")

@@ -9,17 +9,16 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import urllib.parse
 from collections.abc import Coroutine
 from typing import Any, Final
 
 import msgspec
 import psycopg
 
-from server.answers import JSON, OK
+from server.answers import JSON, NO_STORE, OK
 from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
 from server.batches import IdempotencyKey, Outcome, fingerprint
-from server.bodies import Change, Result
+from server.bodies import Change, Result, SpelledChange, whole_number
 from server.config import Settings
 from server.database import TOP_LIMIT, Database
 from server.errors import Problem, not_applied
@@ -29,6 +28,7 @@ from server.keys import default_board, idempotency_name
 from server.live import Live
 from server.openapi import MAX_IDEMPOTENCY_KEY, OPENAPI_PATH, document
 from server.pages import page_json
+from server.queries import query_fields
 from server.scores import Scores
 from server.shards import Shards
 from server.uws import Handler, Request, Server
@@ -40,15 +40,25 @@ PREFLIGHT_S: Final = 7200
 LONGEST_TARGET: Final = 128
 """Longest path and query to remember, in bytes: any that is asked for in earnest is shorter."""
 
+LONGEST_VALUE: Final = 256
+"""Of a field of a query, encoded: a board's name has 64 characters."""
+
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _VARY: Final = b"\r\nVary: Origin"
 _EXPOSED: Final = "Retry-After, RateLimit, RateLimit-Policy, Idempotent-Replayed, X-Request-Id"
 _ANY_ORIGIN: Final = f"\r\nAccess-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: {_EXPOSED}".encode()
+# The last six are what tracing, monitoring and HTTP libraries add by themselves. A browser drops a request that has a
+# header which the preflight does not name.
+_ALLOWED_HEADERS: Final = (
+    b"Authorization, Content-Type, Idempotency-Key, X-Request-Id, X-Requested-With, Cache-Control, "
+    b"traceparent, tracestate, baggage, sentry-trace"
+)
 _REPLAYED: Final = b"200 OK\r\nIdempotent-Replayed: true"
 _FROM_DATABASE: Final = b"200 OK\r\nScoreboard-Source: database"
 
 
 _decode_change = msgspec.json.Decoder(Change).decode
+_decode_spelled = msgspec.json.Decoder(SpelledChange).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -75,7 +85,7 @@ class Routes:
         self._server, self.scores, self.live, self._metrics = server, scores, live, metrics
         server.slow_s = self._settings.slow_request_s
         server.by_origin = "*" not in self._settings.cors_origins
-        server.head_lines = _VARY if server.by_origin else _ANY_ORIGIN
+        server.head_lines = NO_STORE + (_VARY if server.by_origin else _ANY_ORIGIN)
         self._route(
             "/update-score", {"POST": self.update_score},
             on_posts=self.update_scores, max_body_bytes=MAX_BODY_BYTES, reads_forwarded=self._needs_forwarded,
@@ -97,6 +107,7 @@ class Routes:
 
     def update_score(self, request: Request) -> None:
         """POST /update-score"""
+        refuse_encoding(request.joined_header(b"content-encoding"))
         forwarded_for = request.joined_header(b"x-forwarded-for") if self._needs_forwarded else b""
         request.context = (request.header(b"authorization"), request.header(b"idempotency-key"), forwarded_for)
         request.read_body(MAX_BODY_BYTES, self._submit_alone)
@@ -282,8 +293,8 @@ class Routes:
     def _preflight(request: Request) -> None:
         request.answer(
             b"204 No Content\r\nAccess-Control-Allow-Methods: GET, HEAD, POST, OPTIONS"
-            b"\r\nAccess-Control-Allow-Headers: Authorization, Content-Type, Idempotency-Key, X-Request-Id"
-            b"\r\nAccess-Control-Max-Age: %d" % PREFLIGHT_S,
+            b"\r\nAccess-Control-Allow-Headers: %b"
+            b"\r\nAccess-Control-Max-Age: %d" % (_ALLOWED_HEADERS, PREFLIGHT_S),
             None,
             b"",
         )
@@ -325,6 +336,15 @@ class Routes:
         task.add_done_callback(self._tasks.discard)
 
 
+def refuse_encoding(content_encoding: bytes) -> None:
+    """Raises Problem 415 for a body that is compressed."""
+    if content_encoding.strip().lower() not in (b"", b"identity"):
+        came = content_encoding[:40].decode("latin-1")
+        # RFC 9110, 15.5.16: the answer says what would have been taken.
+        accepted = (("Accept-Encoding", "identity"),)
+        raise Problem(415, f"Content-Encoding: expected none, got {came!r}", headers=accepted)
+
+
 def parse_change(body: bytes) -> Change:
     """The change in a request's body.
 
@@ -333,15 +353,36 @@ def parse_change(body: bytes) -> Change:
     try:
         change = _decode_change(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Problem(400, _decode_failure(error)) from error
+        change = _change_of_decimal(body, error)
     player, delta = change.player_id, change.score_delta
     if not 1 <= len(player) <= MAX_PLAYER:
         raise Problem(400, f"playerId: expected 1 to {MAX_PLAYER} characters, got {len(player)}")
     if not player.isprintable() and CONTROL_CHARACTERS.search(player):
         raise Problem(400, f"playerId: expected no control characters, got {player!r}")
     if not -MAX_SCORE <= delta <= MAX_SCORE:
-        raise Problem(400, f"scoreDelta: expected an integer from -{MAX_SCORE} to {MAX_SCORE}, got {str(delta)[:40]}")
+        raise Problem(400, _out_of_range(str(delta)[:40]))
     return change
+
+
+def _change_of_decimal(body: bytes, failure: Exception) -> Change:
+    """The change of a body that `_decode_change` did not take, if only for how it spells an integer: 5.0, 5e0, 50e-1.
+
+    Raises Problem 400, for `failure` if it was another.
+    """
+    try:
+        spelled = _decode_spelled(body)
+        delta = whole_number(bytes(spelled.score_delta))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        delta = None
+    if delta is None:
+        raise Problem(400, _decode_failure(failure)) from failure
+    if abs(delta) > MAX_SCORE:
+        raise Problem(400, _out_of_range(bytes(spelled.score_delta)[:40].decode())) from failure
+    return Change(spelled.player_id, delta, spelled.board)
+
+
+def _out_of_range(came: str) -> str:
+    return f"scoreDelta: expected an integer from -{MAX_SCORE} to {MAX_SCORE}, got {came}"
 
 
 def parse_idempotency_key(raw: bytes) -> str:
@@ -373,7 +414,7 @@ def parse_page(query: str, boards: tuple[str, ...], default_board: str) -> tuple
 
     Raises Problem 400 or 404.
     """
-    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    fields = query_fields(query, LONGEST_VALUE)
     limit, board = fields.get("limit", "10"), fields.get("board", default_board)
     if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= TOP_LIMIT:
         raise Problem(400, f"limit: expected an integer from 1 to {TOP_LIMIT}, got {limit[:80]!r}")

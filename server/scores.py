@@ -24,7 +24,7 @@ from server.errors import NotReady, Problem, ScoreboardError, not_applied, outco
 from server.events import MAX_BATCH
 from server.instruments import RedisFigures
 from server.keys import Keys
-from server.pages import Page, entries_of, page_json
+from server.pages import Page, Pages, entries_of, page_json
 from server.redis_connection import RedisConnection, open_connection, pack
 from server.slots import Address, is_elsewhere
 
@@ -122,7 +122,7 @@ class Scores:
         # New at every start: another process's numbers must not be taken for ours.
         self._server_id = secrets.token_hex(8)
         self._lanes: dict[str, Lane] = {}
-        self._pages: dict[tuple[str, int], Page] = {}
+        self._pages = Pages(keys)
         self._flush_scheduled = False
         self._loop = asyncio.get_running_loop()
 
@@ -180,9 +180,7 @@ class Scores:
             reader.depart()
             self._on_page(reader, None)
             return
-        page = self._pages.get((board, limit))
-        if page is None:
-            page = self._pages[board, limit] = Page(self._keys.board(board), limit)
+        page = self._pages.of(board, limit)
         page.waiters.append(reader)
         if not page.in_flight:
             self._schedule_flush()
@@ -219,7 +217,7 @@ class Scores:
         for lane in self._lanes.values():
             if lane.waiting.waiters and lane.in_flight is None:
                 self._send_batch(lane)
-        for page in self._pages.values():
+        for page in self._pages:
             if page.waiters and not page.in_flight:
                 self._send_read(page)
 
@@ -424,8 +422,9 @@ class Scores:
     def _sweep_all(self, expired_s: float) -> None:
         for lane in self._lanes.values():
             self._sweep_lane(lane, expired_s)
-        for page in self._pages.values():
+        for page in self._pages:
             self._sweep_page(page, expired_s + self._deadline_s / 2)
+        self._pages.forget()
 
     def _sweep_lane(self, lane: Lane, expired_s: float) -> None:
         batch = lane.in_flight

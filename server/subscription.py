@@ -6,7 +6,6 @@ Pure: knows no socket.
 from __future__ import annotations
 
 import re
-import urllib.parse
 from typing import Final
 
 import msgspec
@@ -15,6 +14,7 @@ from server.errors import Problem
 from server.events import MAX_PLAYER
 from server.hub import Watcher
 from server.keys import default_board
+from server.queries import query_fields
 
 LIMITS: Final = (10, 25, 50, 100)
 MAX_NAMED: Final = 100
@@ -41,7 +41,7 @@ def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
 
     Raises Problem 400 or 404.
     """
-    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    fields = query_fields(query, len(query))
     board = fields.get("board", default_board(boards))
     if board not in boards:
         raise Problem(404, f"board: expected one of {', '.join(boards)}, got {board[:80]!r}")

@@ -70,7 +70,8 @@ class Child:
     @property
     def pid(self) -> int:
         """Of the process that runs, or ran last."""
-        assert self._process is not None, f"{self.name} was never started"
+        if self._process is None:
+            raise RuntimeError(f"{self.name} was never started")
         return self._process.pid
 
     @property
@@ -89,7 +90,8 @@ class Child:
 
     def launch(self) -> None:
         """Start the process; returns before it is ready for anything."""
-        assert not self.running, f"{self.name} runs already"
+        if self.running:
+            raise RuntimeError(f"{self.name} runs already")
         self._asked = False
         with contextlib.ExitStack() as stack:
             output = None

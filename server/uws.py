@@ -6,7 +6,8 @@ Whatever can go wrong in C is made impossible at this border:
 
 * a Request is answered once, or not at all if its client is gone; a handler that raises still answers;
 * a Socket drops its pointer in the close callback, so a late send is a value (CLOSED), never a crash;
-* bodies and waiting times are bounded here, since uWebSockets bounds neither.
+* bodies and waiting times are bounded here, since uWebSockets bounds neither;
+* what its parser of 2023 would misread is put in order, or refused, before it sees it (uws_wire.c).
 
 uWebSockets runs on uvloop's own libuv loop: one loop, one epoll, nothing to pump. Three rules follow:
 uvloop's libuv is made visible before socketify's library is opened; the loop is never closed (uvloop would take
@@ -95,12 +96,27 @@ HANDSHAKE_S: Final = 0.05
 LINGER_S: Final = 0.5
 """Longest that open connections without a request hold up the end: one may be on its way."""
 
+MAX_TARGET_BYTES: Final = 8192
+"""Longest path and query that a route gets to see: RFC 9110, 4.1, asks for 8000, and decoding has its price."""
+
 DISCARD_BYTES: Final = 4 * 2**20
 """How much of a body that is too large is read and dropped, so that its sender gets to see the 413."""
 
 _poll = ctypes.CDLL(library_path).us_poll_fd
 _poll.argtypes, _poll.restype = [ctypes.c_void_p], ctypes.c_int
 _GOOD_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+
+_TARGET_TOO_LONG: Final = Problem(414, f"expected a path and query of at most {MAX_TARGET_BYTES} bytes, got more")
+
+_REFUSALS: Final = (
+    Problem(400, "expected a request of HTTP/1.1 as in RFC 9112, with one Host and a body of the length that it says"),
+    _TARGET_TOO_LONG,
+    Problem(417, "Expect: expected 100-continue, or no such header"),
+    Problem(431, "expected at most 48 header lines, and 16384 bytes of them"),
+    Problem(501, "Transfer-Encoding: expected chunked, or no such header"),
+    Problem(505, "expected HTTP/1.1 or HTTP/1.0"),
+)
+"""What uws_wire.c answers with where there is no request to answer."""
 
 Handler = Callable[["Request"], None]
 
@@ -187,16 +203,21 @@ class Request:
 
     def header(self, name: bytes) -> bytes:
         """The value of the header `name` (lower case), b"" when absent. Only inside the handler."""
-        assert self._req is not None, "headers are gone once the handler has returned"
-        length = _get_header(self._req, name, len(name), _view_pointer)
+        length = _get_header(self._line, name, len(name), _view_pointer)
         return cast(bytes, _unpack(_view_pointer[0], length)) if length else b""
 
     def joined_header(self, name: bytes) -> bytes:
         """The values of all headers `name`, in order, with commas between (RFC 9110, 5.3). Only inside the handler."""
-        assert self._req is not None, "headers are gone once the handler has returned"
         _all_headers.clear()
-        lib.uws_req_for_each_header(self._req, _on_header, ffi.NULL)
+        lib.uws_req_for_each_header(self._line, _on_header, ffi.NULL)
         return b", ".join(value for key, value in _all_headers if key == name)
+
+    @property
+    def _line(self) -> Any:
+        """uWebSockets' request: C would read freed memory once the handler has returned."""
+        if self._req is None:
+            raise UwsError("request line and headers are gone once the handler has returned")
+        return self._req
 
     @property
     def id(self) -> bytes:
@@ -206,14 +227,12 @@ class Request:
     @property
     def method(self) -> str:
         """In upper case. Only inside the handler."""
-        assert self._req is not None, "the request line is gone once the handler has returned"
-        return _view(lib.uws_req_get_case_sensitive_method, self._req).decode("latin-1")
+        return _view(lib.uws_req_get_case_sensitive_method, self._line).decode("latin-1")
 
     @property
     def target(self) -> bytes:
         """Path and query as sent. Only inside the handler."""
-        assert self._req is not None, "the request line is gone once the handler has returned"
-        length = _get_full_url(self._req, _view_pointer)
+        length = _get_full_url(self._line, _view_pointer)
         return cast(bytes, _unpack(_view_pointer[0], length))
 
     @property
@@ -269,7 +288,8 @@ class Request:
         if body is None:
             server.note_answer(self._res)
         data, length = (ffi.NULL, 0) if body is None else (body, len(body))
-        _send(SSL, self._res, data, length, head, len(head), content_type, len(content_type), close or server.draining)
+        close = (server.waiting is not None and server.waiting.ends(self._res)) or close or server.draining
+        _send(SSL, self._res, data, length, head, len(head), content_type, len(content_type), close)
         if self._req is not None and not lib.uws_res_has_responded(SSL, self._res):
             # Behind other answers that its client has not taken, this one was dropped, whole or in part.
             lib.uws_res_close(SSL, self._res)
@@ -315,6 +335,8 @@ class Request:
         given = self.header(b"x-request-id")
         self._given_id = given if given and _GOOD_ID.fullmatch(given) else b""
         try:  # as `guard` does
+            if _get_full_url(self._req, _view_pointer) > MAX_TARGET_BYTES:
+                raise _TARGET_TOO_LONG
             handler(self)
         except Exception as error:
             self._refuse(error)
@@ -373,7 +395,8 @@ class Socket:
 
     def end(self, code: CloseCode, reason: bytes) -> None:
         """Close politely. An empty reason would make uWebSockets do nothing at all."""
-        assert reason, "expected a reason"
+        if not reason:
+            raise UwsError("expected a reason to close a WebSocket with, got none")
         if self._ws is not None:
             lib.uws_ws_end(SSL, self._ws, int(code), reason, len(reason))
 
@@ -564,8 +587,8 @@ class Server:
         whoever publishes has to look at `buffered_bytes` first. uWebSockets aborts on an `idle_timeout_s` outside
         0 or 8 to 960.
         """
-        assert idle_timeout_s == 0 or 8 <= idle_timeout_s <= 960, "expected idle_timeout_s 0 or 8 to 960"
-
+        if idle_timeout_s and not 8 <= idle_timeout_s <= 960:
+            raise UwsError(f"idle_timeout_s: expected 0 or 8 to 960, got {idle_timeout_s}")
         answers = self._answers_of(path)
 
         def accept_and_upgrade(context: Any) -> Handler:
@@ -648,6 +671,8 @@ class Server:
             raise UwsError(
                 f"cannot listen on {host}:{port}: taken by another process, or no address of this machine (HOST, PORT)"
             )
+        if self.waiting is not None:
+            self.waiting.watch(_token(self._listening), _REFUSALS)
         with self._listener() as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             listener.listen(BACKLOG)

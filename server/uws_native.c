@@ -15,6 +15,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "uws_wire.h"
+
 typedef struct uws_res uws_res_t;
 typedef struct uws_req uws_req_t;
 typedef void (*header_handler)(const char *name, size_t name_length, const char *value, size_t length, void *user_data);
@@ -30,9 +32,10 @@ extern void socketify_res_cork_send(int ssl, uws_res_t *res, const char *body, s
                                     size_t status_length, const char *content_type, size_t content_type_length,
                                     bool close_connection);
 
-enum { INTERFACE = 1 }; // one more whenever what server/uws_native.py has of this changes
+enum { INTERFACE = 2 }; // one more whenever what server/uws_native.py has of this changes
 enum { SSL = 0, NONE = -1 };
 enum { MAX_TARGETS = 1024, TARGET_BYTES = 128, ID_BYTES = 128, HEAD_BYTES = 4096 };
+enum { MAX_POST_TARGET = 1024 };     // bytes; who sends more hears of it from Python, if it is too much
 enum { HEADERS_BYTES = 8192 };       // most that the headers of a POST may take to wait here
 enum { KEPT_BYTES = 4096 };          // of text that a place keeps for the next request
 enum { KEPT_PACKED_BYTES = 1 << 20 }; // of MessagePack
@@ -266,8 +269,9 @@ static void answer(struct answers *answers, int each, const char *body, size_t b
         }
         memcpy(answers->head + answers->head_length, request->id, request->id_length);
         request->res = NULL;
+        bool closes = wire_answers(res) || answers->close_connection;
         socketify_res_cork_send(SSL, res, body, body_length, answers->head, answers->head_length + request->id_length,
-                                answers->content_type, answers->content_type_length, answers->close_connection);
+                                answers->content_type, answers->content_type_length, closes);
     }
     let_go(each);
 }
@@ -443,6 +447,8 @@ void post_begin(uws_res_t *res, uws_req_t *req, void *user_data) {
     const struct route *route = user_data;
     const char *text;
     bool alone = !length_of_body(req, route->max_body) || uws_req_get_header(req, "transfer-encoding", 17, &text) ||
+                 uws_req_get_full_url(req, &text) > MAX_POST_TARGET ||
+                 uws_req_get_header(req, "content-encoding", 16, &text) ||
                  (route->by_origin && uws_req_get_header(req, "origin", 6, &text)) ||
                  length_of_headers(req, route) > HEADERS_BYTES;
     int each = alone ? NONE : take_in(res, req, AWAITS_BODY);

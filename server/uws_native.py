@@ -1,4 +1,5 @@
-"""Requests that wait in C, in uws_native.c, until Python has something for all of them; the two change together.
+"""Requests that wait in C, in uws_native.c, until Python has something for all of them, and what comes in, which
+uws_wire.c puts in order first; they change together.
 
 GETs of the same target share an answer (Flight); POSTs come several at once, and go several at once (Post). Whatever
 does not fit goes to server/uws.py one by one, and so does everything where the library was not built.
@@ -20,14 +21,14 @@ import cffi
 import msgspec
 
 from server.answers import JSON, OK, PROBLEM_JSON, fault, head_of, log_slow, new_id
-from server.errors import Problem
+from server.errors import Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
 
 LIBRARY: Final = Path(__file__).with_name("libuws_native.so")
 _MAX_HEAD_BYTES: Final = 3900
 """Of an answer's status and header lines, without its id."""
 
-_INTERFACE: Final = 1
+_INTERFACE: Final = 2
 _NO_TARGET: Final = -1
 
 _ffi: Final = cffi.FFI()
@@ -65,6 +66,10 @@ _ffi.cdef(
     int posts_open(void);
     uint64_t posts_overdue(int *place, double before_s, bool awaits_body, double *received_s, char *id);
     size_t post_peer(uint64_t token, const char **text);
+    void wire_refusal(int status, const char *answer, int length);
+    bool wire_begin(void *listen_socket, void (*on_waiting)(void));
+    bool wire_answers(void *res);
+    void wire_resume(void);
     """
 )
 _BOUNDS: Final = _ffi.new("double[]", LATENCY_BOUNDS_S)
@@ -97,7 +102,7 @@ class Handler(NamedTuple):
 def load(uws_library: str) -> Any:
     """The functions above, or None where they were not built; `uws_library` is where uWebSockets' are."""
     if not LIBRARY.exists():
-        _log.warning("%s is missing: requests cost half as much again", LIBRARY)
+        _log.warning("%s is missing: requests cost half as much again, and unusual ones are not read", LIBRARY)
         return None
     ctypes.CDLL(uws_library, mode=ctypes.RTLD_GLOBAL)  # where the library finds them
     try:
@@ -166,6 +171,30 @@ class Waiting:
         self._kept.append(callback)
         return callback
 
+    # ------------------------------------------------------------------ the wire: see uws_wire.c
+
+    def watch(self, listen_socket: int, refusals: Sequence[Problem]) -> None:
+        """Put in order what comes in on connections to `listen_socket`; what cannot be is answered with `refusals`.
+
+        Raises UwsError where the library is not the one that this was written for.
+        """
+        for problem in refusals:
+            head, body = head_of(problem) + self._host.head_lines, problem.body()
+            fields = b"Content-Type: %b\r\nContent-Length: %d\r\nConnection: close" % (PROBLEM_JSON, len(body))
+            answer = b"HTTP/1.1 %b\r\n%b\r\n\r\n%b" % (head, fields, body)
+            self._native.wire_refusal(problem.status, answer, len(answer))
+        on_waiting = self._callback("void(*)(void)", self._on_waiting)
+        if not self._native.wire_begin(_ffi.cast("void *", listen_socket), on_waiting):
+            raise UwsError("uSockets' handlers cannot be replaced: expected the socketify of constraints.txt")
+
+    def ends(self, res: Any) -> bool:
+        """To be asked once before each answer: whether it is the last on its connection."""
+        return bool(self._native.wire_answers(res))
+
+    def _on_waiting(self) -> None:
+        """A request waits behind one that is being answered now."""
+        self._loop.call_soon(self._native.wire_resume)
+
     # ------------------------------------------------------------------ answers
 
     def answer_flight(self, number: int, answers: Answers, head: bytes, body: bytes, kind: bytes, close: bool) -> int:
@@ -210,7 +239,8 @@ class Waiting:
 
     def _full(self, head: bytes) -> bytes:
         full = head + self._host.head_lines
-        assert len(full) <= _MAX_HEAD_BYTES, "expected a shorter head"
+        if len(full) > _MAX_HEAD_BYTES:  # C would end the process
+            raise UwsError(f"expected status and header lines of at most {_MAX_HEAD_BYTES} bytes, got {len(full)}")
         return full
 
     def _on_complete(self) -> None:

@@ -14,10 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from server.answers import NO_STORE
 from server.errors import ScoreboardError
 from server.uws import Request
 
 WEB: Final = Path(__file__).with_name("web")
+MAX_LIST_BYTES: Final = 1024
+"""Longest Accept-Encoding or If-None-Match to look at, for each part of a list takes time; browsers send 40 bytes."""
+
 BOARDS_MARK: Final = b'<meta name="boards" content="">'
 """What index.html has where the names of the boards belong."""
 
@@ -77,6 +81,7 @@ class WebFile:
 
     def answer(self, request: Request) -> None:
         """Answer GET or HEAD: 200, or 304 when the client has it."""
+        request.head_lines = request.head_lines.removeprefix(NO_STORE)
         encoded = self.plain
         if self.gzipped and accepts_gzip(request.joined_header(b"accept-encoding")):
             encoded = self.gzipped
@@ -117,6 +122,8 @@ def _with_boards(page: bytes, boards: Sequence[str]) -> bytes:
 
 def accepts_gzip(accept_encoding: bytes) -> bool:
     """Whether an Accept-Encoding allows gzip (RFC 9110, 12.5.3)."""
+    if len(accept_encoding) > MAX_LIST_BYTES:
+        return False
     weights = {}
     for each in accept_encoding.lower().split(b","):
         coding, _, weight = each.partition(b";")
@@ -127,4 +134,6 @@ def accepts_gzip(accept_encoding: bytes) -> bool:
 
 def matches(if_none_match: bytes, etag: bytes) -> bool:
     """Whether an If-None-Match names the ETag, weakly or not, among others, or as `*` (RFC 9110, 13.1.2)."""
+    if len(if_none_match) > MAX_LIST_BYTES:
+        return False
     return if_none_match.strip() == b"*" or etag in re.findall(rb'"[^"]*"', if_none_match)

@@ -333,7 +333,7 @@ class _Turn:
             raise KafkaException(owed[0].error)
 
     def _trim(self) -> None:
-        assert self._done_through is not None, "called when there is something to trim"
+        assert self._done_through is not None  # called when there is something to trim
         if not self._outbox.trim_through(self._done_through):
             self._end("Redis is of another epoch now; relaying the outbox from its beginning")
         self._done_through = None

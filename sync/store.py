@@ -129,7 +129,7 @@ class Store:
             "tag_epochs": [_tagged(epochs.get(partition, {})) for partition in next_offsets],
         }
         row = self._retrying(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
-        assert row is not None, "the statement returns one row"
+        assert row is not None  # the statement returns one row
         return Persisted(*row)
 
     def offsets(self, topic: str) -> dict[int, StoredOffset]:

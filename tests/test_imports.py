@@ -14,7 +14,7 @@ GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_cli
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
-    "shards", "topology", "answers", "uws_native",
+    "shards", "topology", "answers", "uws_native", "queries",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild", "metrics"}
 PROCESSES = {"supervisor", "embedded", "workers", "health"}  # child processes: apart from everything that serves
@@ -26,6 +26,7 @@ NEVER = {
     "messages": {"asyncio", "time", "uws"},
     "subscription": {"asyncio", "time", "uws"},
     "bodies": {"asyncio", "time", "uws"},
+    "queries": {"asyncio", "time", "uws"},
     "openapi": {"asyncio", "time", "uws"},
     "replay": {"asyncio", "time", "redis_connection", "hiredis", "confluent_kafka", "kafka_tail"},
     "supervisor": {"server", "sync"},

@@ -206,6 +206,7 @@ def test_file_that_does_not_shrink_is_kept_plain(tmp_path: Path) -> None:
         (b"", False), (b"gzip", True), (b"GZIP", True), (b"br, gzip", True), (b"br;q=1.0,gzip;q=0.001", True),
         (b"*", True), (b"br, *;q=0.1", True), (b"identity", False), (b"br", False), (b"gzip;q=0", False),
         (b"gzip; q=0.000, *", False), (b"*;q=0", False), (b"gzip, *;q=0", True), (b"gzipped", False),
+        (b"gzip" + b",a" * 600, False),
     ],
 )  # fmt: skip
 def test_client_says_whether_it_takes_gzip(accept_encoding: bytes, accepted: bool) -> None:
@@ -217,6 +218,7 @@ def test_client_says_whether_it_takes_gzip(accept_encoding: bytes, accepted: boo
     [
         (b"", False), (b'"a"', True), (b'W/"a"', True), (b'"b","a"', True), (b'"b", W/"a" , "c"', True),
         (b" * ", True), (b"a", False), (b'"b"', False), (b'"a-gz"', False), (b'"*"', False), (b'"b,a"', False),
+        (b'"a"' + b',"b"' * 400, False),
     ],
 )  # fmt: skip
 def test_client_says_which_it_has(if_none_match: bytes, named: bool) -> None:

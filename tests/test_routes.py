@@ -144,6 +144,76 @@ def test_body_that_is_no_change_is_400_and_says_what_was_expected(
     assert "expected" in answer.json()["detail"] or "missing" in answer.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    ("spelled", "delta"),
+    [
+        ("5.0", 5), ("5e0", 5), ("50e-1", 5), ("0.5e1", 5), ("-0", 0), ("-0.0", 0), ("0e99", 0), ("1E+2", 100),
+        ("-5.00", -5), ("9007199254740991.0", MAX_SCORE), ("900719925474099.1e1", MAX_SCORE), ("5e00000000000", 5),
+    ],
+)  # fmt: skip
+def test_integer_counts_in_every_spelling(server: ServerProcess, spelled: str, delta: int) -> None:
+    player = new_player()
+    body = b'{"scoreDelta":%b,"playerId":"%b"}' % (spelled.encode(), player.encode())
+    answer = post_body(server, body, Authorization=f"Bearer {token(player)}")
+    assert (answer.status, answer.json()) == (200, {"playerId": player, "newScore": delta})
+
+
+def test_integer_spelled_otherwise_is_the_same_payload(server: ServerProcess) -> None:
+    player = new_player()
+    headers = {"Authorization": f"Bearer {token(player)}", "Idempotency_Key": "k"}
+    answers = [
+        post_body(server, b'{"playerId":"%b","scoreDelta":%b}' % (player.encode(), delta), **headers)
+        for delta in (b"5", b"5.0", b"50e-1", b"6")
+    ]
+    assert [answer.status for answer in answers] == [200, 200, 200, 422]
+    assert [answer.json()["newScore"] for answer in answers[:3]] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "br", "identity, gzip"])
+def test_compressed_body_is_415(server: ServerProcess, coding: str) -> None:
+    headers = {"Authorization": f"Bearer {token('a')}", "Content_Encoding": coding}
+    with Wire(server.port) as wire:
+        answer = wire.request("POST", "/update-score", b'{"playerId":"a","scoreDelta":1}', **headers)
+        assert_problem(answer, 415, "encoding-not-supported", f"got '{coding}'")
+        assert answer.headers["accept-encoding"] == "identity"
+        assert wire.request("GET", "/healthz").status == 200
+
+
+def test_body_that_is_said_to_be_plain_is_read(server: ServerProcess) -> None:
+    player = new_player()
+    body = json.dumps({"playerId": player, "scoreDelta": 1}).encode()
+    answer = post_body(server, body, Authorization=f"Bearer {token(player)}", Content_Encoding="Identity")
+    assert answer.status == 200
+
+
+LONG_TARGETS = ["/leaderboard", "/update-score", "/live-updates", "/", "/nowhere", "/healthz", "/openapi.json"]
+
+
+@pytest.mark.parametrize("path", LONG_TARGETS)
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_long_target_is_414(server: ServerProcess, method: str, path: str) -> None:
+    body = b'{"playerId":"a","scoreDelta":1}' if method == "POST" else None
+    headers = {"Authorization": f"Bearer {token('a')}"}
+    answer = once(server.port, method, f"{path}?{'a&' * 5_000}", body, **headers)
+    assert_problem(answer, 414, "target-too-long", "at most 8192 bytes")
+    assert answer.headers["access-control-allow-origin"] == "*"
+
+
+def test_long_target_of_an_upgrade_is_414(server: ServerProcess) -> None:
+    with Wire(server.port) as wire:
+        assert_problem(wire.upgrade("/live-updates?players=" + "%C5%BD" * 1_400), 414, "target-too-long")
+
+
+@pytest.mark.parametrize("path", ["/leaderboard", "/live-updates"])
+def test_query_has_at_most_16_fields(server: ServerProcess, path: str) -> None:
+    for count, status in ((15, {"/leaderboard": 200, "/live-updates": 101}[path]), (16, 400)):
+        with Wire(server.port) as wire:
+            query = "&".join(["limit=10", *[f"x{number}=1" for number in range(count)]])
+            target = f"{path}?{query}"
+            answer = wire.upgrade(target) if path == "/live-updates" else wire.request("GET", target)
+            assert answer.status == status, answer.body
+
+
 def test_unknown_board_is_404(server: ServerProcess) -> None:
     detail = "board: expected one of main, weekly, got 'daily'"
     assert_problem(post(server, new_player(), board="daily"), 404, "not-found", detail)
@@ -336,6 +406,37 @@ def test_any_origin_may_read_by_default(server: ServerProcess, path: str) -> Non
     assert exposed >= {"Retry-After", "RateLimit", "Idempotent-Replayed", "X-Request-Id"}
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *(("GET", path) for path in ("/leaderboard", "/healthz", "/readyz", "/metrics", "/nowhere", "/live-updates")),
+        ("GET", "/leaderboard?limit=0"),
+        ("HEAD", "/leaderboard"),
+        ("POST", "/leaderboard"),
+        ("POST", "/update-score"),
+        ("OPTIONS", "/update-score"),
+    ],
+)
+def test_what_is_true_only_now_is_stored_by_no_cache(server: ServerProcess, method: str, path: str) -> None:
+    with Wire(server.port) as wire:
+        for _ in range(2):  # the second time from where it is remembered
+            assert wire.request(method, path, b"" if method == "POST" else None).headers["cache-control"] == "no-store"
+
+
+def test_update_is_stored_by_no_cache(server: ServerProcess, listed_server: ServerProcess) -> None:
+    assert post(server, new_player()).headers["cache-control"] == "no-store"
+    assert post(server, new_player(), subject="x").headers["cache-control"] == "no-store"
+    assert get(listed_server, "/leaderboard", Origin=ORIGIN).headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize("path", ["/", "/style.css", "/openapi.json"])
+def test_file_is_kept_and_asked_for_each_time(server: ServerProcess, path: str) -> None:
+    answer = get(server, path)
+    assert answer.headers["cache-control"] == "no-cache"
+    again = get(server, path, If_None_Match=answer.headers["etag"])
+    assert (again.status, again.headers["cache-control"]) == (304, "no-cache")
+
+
 @pytest.mark.parametrize("path", ["/update-score", "/leaderboard"])
 def test_preflight_allows_what_a_game_sends(server: ServerProcess, path: str) -> None:
     wanted = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
@@ -345,7 +446,9 @@ def test_preflight_allows_what_a_game_sends(server: ServerProcess, path: str) ->
         assert answer.headers["access-control-allow-origin"] == "*"
         assert "POST" in answer.headers["access-control-allow-methods"]
         allowed = answer.headers["access-control-allow-headers"].lower()
-        assert {"authorization", "content-type", "idempotency-key"} <= set(allowed.split(", "))
+        assert {"authorization", "content-type", "idempotency-key", "x-request-id"} <= set(allowed.split(", "))
+        by_tools = {"traceparent", "tracestate", "baggage", "sentry-trace", "x-requested-with", "cache-control"}
+        assert by_tools <= set(allowed.split(", "))
         assert wire.request("GET", "/healthz").status == 200
 
 

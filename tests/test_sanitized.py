@@ -1,4 +1,4 @@
-"""Random requests, cut, pipelined and reset, at uws_native.c, with everything watched that C does not watch itself."""
+"""Random requests, cut, pipelined, half-closed and reset, at our C, with everything watched that C does not watch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,18 @@ SECONDS = 6.0
 CONNECTIONS = 150
 TARGETS = ["now", "later=0.01", "departs=0.02", "twice", "raise", "refuse"]
 BODIES = [b"hello", b"later0.02", b"refuse", b"raise", b"said", b"repeat"]
-CHUNKED = b"POST /posts HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
+CHUNKED = b"POST /posts HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+UNUSUAL = [
+    CHUNKED + b"5\r\nhello\r\n0\r\n\r\n",
+    CHUNKED + b"2;a=b\r\nhe\r\n3\r\nllo\r\n0\r\nX-Sum: 1\r\n\r\n",
+    CHUNKED + b"g\r\n",
+    CHUNKED.replace(b"chunked", b"gzip"),
+    b"POST /posts HTTP/1.0\r\nContent-Length: 5\r\n\r\nhello\r\n",
+    b"\r\n\r\nGET http://x/shared?now HTTP/1.1\r\nHost: x\r\nx_y: z\r\nConnection: a, close\r\n\r\n",
+    b"OPTIONS * HTTP/1.1\r\nHost: x\r\nExpect: 100-Continue\r\n\r\n",
+    b"GET /shared?now HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 20_000,
+    b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes(12),
+]
 
 
 @pytest.fixture
@@ -39,7 +50,7 @@ def sanitized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UwsAp
             pytest.skip(f"this gcc has no {name}")
         runtimes.append(runtime)
     flags = ["-std=gnu11", "-O1", "-g", "-fsanitize=address,undefined", "-fPIC", "-shared"]
-    subprocess.run([compiler, *flags, "-o", library, ROOT / "server/uws_native.c"], check=True)
+    subprocess.run([compiler, *flags, "-o", library, *sorted(ROOT.glob("server/uws_*.c"))], check=True)
     monkeypatch.setenv("LD_PRELOAD", " ".join(runtimes))
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")
     monkeypatch.setenv("UWS_NATIVE", str(library))
@@ -64,7 +75,7 @@ def any_request(rng: random.Random) -> bytes:
         return request_bytes("POST", "/posts", body, Authorization="x" * rng.choice([0, 10, 5000, 9000]), **headers)
     if kind < 0.9:
         return request_bytes("HEAD", "/shared?now", **headers)
-    return CHUNKED if kind < 0.95 else rng.randbytes(50)
+    return rng.choice(UNUSUAL) if kind < 0.97 else rng.randbytes(50)
 
 
 def test_random_requests_find_no_fault(sanitized: UwsApp) -> None:
@@ -81,10 +92,12 @@ def test_random_requests_find_no_fault(sanitized: UwsApp) -> None:
         if rng.random() < 0.1:
             data = data[: rng.randint(1, len(data))]
         elif rng.random() < 0.1:
-            data += any_request(rng)
+            data = b"".join([data, *(any_request(rng) for _ in range(rng.randint(1, 5)))])
         gone = rng.random() < 0.1
         try:
             sent += bool(one.send(data))
+            if rng.random() < 0.02:
+                one.shutdown(socket.SHUT_WR)
             if rng.random() < 0.5:
                 one.recv(65_536)
         except BlockingIOError:
