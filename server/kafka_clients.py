@@ -10,6 +10,7 @@ from typing import Any, Final
 from confluent_kafka import KafkaError
 
 from server.config import Settings
+from server.events import BadEvent
 
 _LOGIN: Final = "KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD or KAFKA_SASL_MECHANISM is not what the brokers expect"
 _ACL: Final = "the brokers' ACLs do not let KAFKA_SASL_USERNAME do what it has to"
@@ -37,6 +38,19 @@ def client_settings(settings: Settings) -> dict[str, Any]:
     if settings.kafka_ssl_ca_file:
         client["ssl.ca.location"] = settings.kafka_ssl_ca_file
     return client
+
+
+def headers_of(message: Any) -> list[tuple[str, bytes | None]]:
+    """The headers of a record.
+
+    Raises BadEvent when a name among them is not UTF-8. The library would hand out a null pointer for it, at the second
+    call without any error: so such a record is left without headers.
+    """
+    try:
+        return message.headers() or []
+    except SystemError as error:
+        message.set_headers([])
+        raise BadEvent("headers: expected names in UTF-8") from error
 
 
 def refusal(error: KafkaError) -> KafkaError | None:

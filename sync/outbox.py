@@ -26,6 +26,7 @@ EVENTS_A_READ: Final = 1500
 BYTES_AN_EVENT: Final = 15
 _BLOCK_MS: Final = 1000
 _BEGINNING: Final = "0-0"
+_LAST_SEQ: Final = 2**64 - 1
 _TRIM: Final = Path(__file__).with_name("trim_outbox.lua").read_text()
 
 
@@ -137,5 +138,5 @@ def _next_count(entries: list[Entry]) -> int:
 
 
 def _after(entry_id: str) -> str:
-    ms, seq = entry_id.split("-")
-    return f"{ms}-{int(seq) + 1}"
+    ms, seq = map(int, entry_id.split("-"))
+    return f"{ms}-{seq + 1}" if seq < _LAST_SEQ else f"{ms + 1}-0"

@@ -155,7 +155,7 @@ class Reconciliation:
         while True:
             reply: Any = client.zscan(board.leaderboard, cursor, count=CHUNK)
             cursor, members = reply
-            players = list(dict.fromkeys(member.decode("utf-8", "backslashreplace") for member, _ in members))
+            players = list(dict.fromkeys(_name(member) for member, _ in members))
             for start in range(0, len(players), CHUNK):  # a small sorted set comes as a whole
                 unknown = self._store.without_score(board.name, players[start : start + CHUNK])
                 if unknown:
@@ -256,6 +256,11 @@ class _Pipeline:
     def close(self) -> None:
         if self._consumer:
             self._consumer.close()
+
+
+def _name(member: bytes) -> str:
+    """A player's name; of a member that is none, one that nobody has: the database takes no NUL."""
+    return member.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
 
 
 def _looked_at_again(doubt: Difference, row: StoredScore | None) -> Difference | None:

@@ -24,6 +24,9 @@ RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
 """Before each further try at a statement that lost a race, or whose connection was lost."""
 
 STATEMENT_TIMEOUT_MS: Final = 60_000
+_BAD_DATA: Final = ("22", "23", "44", "54")
+"""Classes of SQLSTATE that say "never this row", not "not now"; 54 are limits, as of what an index holds of a row."""
+
 _SCHEMA: Final = Path(__file__).with_name("schema.sql").read_text()
 _PERSIST: Final = Path(__file__).with_name("persist_batch.sql").read_text().encode()
 _OFFSETS: Final = """
@@ -116,8 +119,8 @@ class Store:
     ) -> Persisted:
         """Write the events and move the offsets, with the epochs of the last fences before them, all or nothing.
 
-        Raises psycopg.OperationalError when the database is away, and another psycopg.Error when it
-        refuses what it was given; either way nothing was written.
+        Raises psycopg.DataError or IntegrityError when the database refuses what it was given, OperationalError when it
+        is away, and another psycopg.Error when it does not let us; nothing was written then.
         """
         parameters = _columns(events) | {
             "consumer_group": PERSISTER_GROUP,
@@ -128,7 +131,16 @@ class Store:
             "epochs": [epochs.get(partition, {}).get("", 0) for partition in next_offsets],
             "tag_epochs": [_tagged(epochs.get(partition, {})) for partition in next_offsets],
         }
-        row = self._retrying(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
+
+        def write(connection: psycopg.Connection[Any]) -> Any:
+            try:
+                return connection.execute(_PERSIST, parameters).fetchone()
+            except psycopg.Error as error:
+                if (error.sqlstate or "")[:2] in _BAD_DATA and not isinstance(error, psycopg.IntegrityError):
+                    raise psycopg.DataError(str(error)) from error
+                raise
+
+        row = self._retrying(write)
         assert row is not None, "the statement returns one row"
         return Persisted(*row)
 
