@@ -28,7 +28,7 @@ from server.events import FORMAT_VERSION, ScoreEvent, encode_event
 from sync.persister import BATCH_EVENTS
 from sync.store import Store, migrate
 from sync.topics import ensure_topics, look_up
-from tests.services import KafkaBroker, SyncProcess, UnavailableError, wait_until
+from tests.services import KafkaBroker, SyncProcess, UnavailableError, locale_of_databases, wait_until
 from tests.timescale import TimescaleServer
 
 TOPIC: Final = "score-updates"
@@ -81,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--of-players", type=int, default=100_000, help="whose history it is (100000)")
     parser.add_argument("--rate", type=int, default=15_000, help="events a second of event time (15000)")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"({','.join(LAYOUTS)})")
+    parser.add_argument("--locale", default=locale_of_databases(), help="of a plain PostgreSQL (en_US.UTF-8 if known)")
     parser.add_argument("--postgres", action="append", default=[], metavar="NAME=VALUE", help="a setting of the server")
 
 
@@ -111,7 +112,7 @@ def _measure(directory: Path, kafka: KafkaBroker, name: str, arguments: argparse
             for statement in layout.statements:
                 connection.execute(statement.encode())
         events = Events(arguments.of_players, arguments.rate)
-        shared = {"part": "history", "layout": name, "settings": arguments.postgres}
+        shared = {"part": "history", "layout": name, "locale": arguments.locale, "settings": arguments.postgres}
         for figures in _grow(url, server, events, arguments.rows):
             yield shared | {"how": "statement"} | figures
         _produce(settings, events, arguments.from_kafka)
@@ -133,7 +134,7 @@ def _database(directory: Path, layout: Layout, arguments: argparse.Namespace) ->
                 connection.execute("CREATE DATABASE scoreboard TEMPLATE template0")
             yield timescale.url_of("scoreboard"), timescale
     else:
-        postgres = PostgresServer(directory / "postgres", options=options)
+        postgres = PostgresServer(directory / "postgres", options=options, locale=arguments.locale)
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, directory, ignore_errors=True)  # all layouts would be 40 GB
             cleanup.callback(postgres.stop)
