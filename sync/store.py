@@ -7,6 +7,7 @@ told apart by version, and an offset never goes back.
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import psycopg
 from psycopg import errors, sql
 
+from server.errors import ScoreboardError
 from server.events import PERSISTER_GROUP, ScoreEvent
 from server.fences import Epochs
 
@@ -64,6 +66,7 @@ _DELETE_OLD: Final = """
         SELECT ctid FROM score_events WHERE at < now() - make_interval(days => %s) LIMIT %s
     ))
 """
+_log = logging.getLogger("sync.store")
 _T = TypeVar("_T")
 
 
@@ -91,15 +94,39 @@ class Persisted(NamedTuple):
     offsets_advanced: int
 
 
+class WrongEncoding(ScoreboardError):
+    """A database that cannot hold every player's name: waiting does not mend it."""
+
+
 def migrate(database_url: str, history_days: int = 0) -> None:
     """Bring the schema up to date; harmless when it is, and when others do the same.
 
     `history_days` is how long a TimescaleDB that does it by itself keeps events; 0 is for ever.
-    Raises psycopg.Error.
+    Raises psycopg.Error, and WrongEncoding for a database that does not hold every name.
     """
     with psycopg.connect(database_url, connect_timeout=5) as connection:
+        check_encoding(connection)
+        connection.add_notice_handler(_warn)
         connection.execute("SELECT set_config('scoreboard.history_days', %s, false)", (str(history_days),))
         connection.execute(sql.SQL(_SCHEMA))
+
+
+def check_encoding(connection: psycopg.Connection[Any]) -> None:
+    """Pass a database that keeps text as UTF-8.
+
+    Raises WrongEncoding: another one refuses names, or, as SQL_ASCII, keeps bytes that it does not look at.
+    """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise WrongEncoding(
+            f"the database {connection.info.dbname}: expected the encoding UTF8, which holds every name, got "
+            f"{encoding}; make another with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        )
+
+
+def _warn(notice: psycopg.errors.Diagnostic) -> None:
+    if notice.severity_nonlocalized == "WARNING":
+        _log.warning("%s", notice.message_primary)
 
 
 class Store:
