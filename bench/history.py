@@ -77,7 +77,9 @@ LAYOUTS: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What this part may be told."""
     parser.add_argument("--rows", type=lambda text: int(float(text)), default=1_000_000, help="of history (1e6)")
-    parser.add_argument("--from-kafka", type=lambda text: int(float(text)), default=200_000, help="events more (2e5)")
+    parser.add_argument(
+        "--from-kafka", type=lambda text: int(float(text)), default=200_000, help="events more (2e5; 0: no Kafka)"
+    )
     parser.add_argument("--of-players", type=int, default=100_000, help="whose history it is (100000)")
     parser.add_argument("--rate", type=int, default=15_000, help="events a second of event time (15000)")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"({','.join(LAYOUTS)})")
@@ -88,9 +90,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(directory: Path, arguments: argparse.Namespace, say: Say) -> Iterator[Figures]:
     """The points of each layout; one that needs what is not to be had here is left out, and said."""
     with contextlib.ExitStack() as cleanup:
-        kafka = KafkaBroker(directory / "history-kafka")
-        cleanup.callback(kafka.stop)
-        kafka.start()
+        kafka = None
+        if arguments.from_kafka:
+            kafka = KafkaBroker(directory / "history-kafka")
+            cleanup.callback(kafka.stop)
+            kafka.start()
         for number, name in enumerate(arguments.layouts.split(",")):
             say(f"{name}: {arguments.rows:,} rows")
             try:
@@ -99,14 +103,10 @@ def measure(directory: Path, arguments: argparse.Namespace, say: Say) -> Iterato
                 say(f"{name}: left out, {error}")
 
 
-def _measure(directory: Path, kafka: KafkaBroker, name: str, arguments: argparse.Namespace) -> Iterator[Figures]:
+def _measure(directory: Path, kafka: KafkaBroker | None, name: str, arguments: argparse.Namespace) -> Iterator[Figures]:
     layout = LAYOUTS[name]
     directory.mkdir(parents=True)
     with _database(directory, layout, arguments) as (url, server):
-        settings = Settings(
-            database_url=url, kafka_brokers=kafka.brokers, kafka_topic=f"{TOPIC}-{directory.name}", history_days=0
-        )
-        ensure_topics(settings)
         migrate(url)
         with psycopg.connect(url, autocommit=True) as connection:
             for statement in layout.statements:
@@ -115,6 +115,11 @@ def _measure(directory: Path, kafka: KafkaBroker, name: str, arguments: argparse
         shared = {"part": "history", "layout": name, "locale": arguments.locale, "settings": arguments.postgres}
         for figures in _grow(url, server, events, arguments.rows):
             yield shared | {"how": "statement"} | figures
+        if kafka is None:
+            return
+        topic = f"{TOPIC}-{directory.name}"
+        settings = Settings(database_url=url, kafka_brokers=kafka.brokers, kafka_topic=topic, history_days=0)
+        ensure_topics(settings)
         _produce(settings, events, arguments.from_kafka)
         caught_up = _catch_up(directory, settings, arguments.from_kafka)
         yield shared | {"how": "from Kafka", "rows": arguments.rows + arguments.from_kafka} | caught_up

@@ -60,6 +60,10 @@ MAX_AT_MS: Final = 253_402_300_799_999
 """The last millisecond of the year 9999: a client reads no later time from the database."""
 
 MAX_EVENT_ID: Final = 48
+SEQ_DIGITS: Final = 12
+INDEX_DIGITS: Final = 4
+"""Of an event id, so that versions fit into 64 bits, and an index stays below INDEX_SPAN."""
+
 LONGEST_REASON: Final = 300
 """Characters of a BadEvent: it may repeat what it refuses, and that may be a megabyte."""
 
@@ -118,17 +122,18 @@ def decode_event(value: bytes | None) -> ScoreEvent:
         raise BadEvent("no value")
     try:
         event = _decode(value)
-        ms, seq = event.version
+        ms, seq, index = event.event_id.split("-")
     except _NOT_DECODED as error:
         raise BadEvent(str(error)) from error
-    if ms != event.at:
+    if ms != str(event.at):
         raise BadEvent(f"`at` is the id's milliseconds: expected {ms}, got {event.at}")
-    # int() takes more than digits; an index that is too large would count as another entry's.
-    if event.event_id != f"{ms}-{seq // INDEX_SPAN}-{seq % INDEX_SPAN}" or seq > MAX_SCORE:
+    digits = seq + index
+    if not (digits.isdigit() and digits.isascii() and 0 < len(seq) <= SEQ_DIGITS and 0 < len(index) <= INDEX_DIGITS):
         raise BadEvent(f"eventId: expected ms-seq-index, each in range, got {event.event_id}")
     if not _is_board(event.board):
         raise BadEvent(f"board: expected 1 to {MAX_BOARD} of a-z, 0-9, _ and -, got {event.board!r}")
-    _check_players(event.player_id)
+    if not event.player_id.isprintable():
+        _check_players(event.player_id)
     return event
 
 
@@ -155,10 +160,10 @@ def events_of_entry(entry_id: str, payload: bytes) -> list[ScoreEvent]:
     """
     try:
         board, *fields = _decode_entry(payload)
-        ms, seq = map(int, entry_id.split("-"))
-        changes = iter(fields)
+        ms, seq = entry_id.split("-")
+        at, changes = int(ms), iter(fields)
         events = [
-            ScoreEvent(f"{entry_id}-{index}", board, player, delta, score, ms)  # type: ignore[arg-type]
+            ScoreEvent(f"{entry_id}-{index}", board, player, delta, score, at)  # type: ignore[arg-type]
             for index, (player, delta, score) in enumerate(zip(changes, changes, changes, strict=True))
         ]
     except _NOT_DECODED as error:
@@ -171,8 +176,9 @@ def events_of_entry(entry_id: str, payload: bytes) -> list[ScoreEvent]:
         raise BadEvent("expected text for the board and the players, integers for the rest")
     if not _is_board(board):
         raise BadEvent(f"board: expected 1 to {MAX_BOARD} of a-z, 0-9, _ and -, got {board!r}")
-    _check_players("".join(fields[::3]))  # type: ignore[arg-type]
-    if ms > MAX_AT_MS or (seq + 1) * INDEX_SPAN > MAX_SCORE + 1:
+    if not (players := "".join(fields[::3])).isprintable():  # type: ignore[arg-type]
+        _check_players(players)
+    if at > MAX_AT_MS or len(seq) > SEQ_DIGITS:
         raise BadEvent(f"the entry's id: expected one of our time, got {entry_id}")
     return events
 
@@ -203,7 +209,7 @@ def _is_board(name: object) -> bool:
 
 def _check_players(text: str) -> None:
     """Pass one player id, or many that are joined."""
-    if not text.isprintable() and (found := CONTROL_CHARACTERS.search(text)):
+    if found := CONTROL_CHARACTERS.search(text):
         raise BadEvent(f"playerId: expected no control characters, got {found[0]!r}")
 
 
