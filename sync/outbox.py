@@ -15,6 +15,7 @@ from redis.retry import Retry
 
 from server.config import Settings
 from server.events import MEMORY_FIELD, OUTBOX_FIELD
+from server.fences import MOST_DIGITS
 from server.keys import Keys
 from server.slots import Address
 
@@ -119,8 +120,8 @@ class Outbox:
             raise redis.ConnectionError("the connections lead to two different Redis processes")
         self._reader.send_command("HGET", self._keys.ready, "epoch")  # type: ignore[no-untyped-call]
         epoch: bytes | None = self._reader.read_response()
-        if epoch is None:
-            raise redis.ConnectionError("Redis has no scoreboard")
+        if epoch is None or not epoch.isdigit() or len(epoch) > MOST_DIGITS:
+            raise redis.ConnectionError("Redis has no scoreboard")  # every record with such an epoch would be refused
         return epoch
 
 

@@ -245,6 +245,19 @@ def test_odd_entry_is_put_aside_whatever_is_odd_about_it(redis: redis_client.Red
     assert [letter["outbox"].decode() for letter in letters] == odd
 
 
+@pytest.mark.parametrize("epoch", ["", "odd", "9" * 19, "9" * 5000])
+def test_marker_without_an_epoch_is_none(redis: redis_client.Redis, settings: Settings, epoch: str) -> None:
+    redis.hset(Keys().ready, "epoch", epoch)
+    expected = add_entries(redis, 1)
+    with running(Relay, settings) as relay:
+        wait_until(lambda: relay.redis_outage.goes_on)
+        verified(redis, epoch=7)
+        wait_until(outbox_is_empty(redis))
+    records = records_of(settings)
+    assert first_deliveries(records) == expected
+    assert {dict(record.headers())[EPOCH_HEADER] for record in records} == {b"7"}
+
+
 def test_entry_larger_than_the_dead_letter_topic_takes_is_cut(redis: redis_client.Redis, settings: Settings) -> None:
     limit_dead_letters(settings, 2000)
     add_entry(redis, [("ann", 1, 1)] * 30_000)
