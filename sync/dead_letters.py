@@ -65,7 +65,7 @@ class DeadLetters:
             # Kafka refuses a request as a whole: what is too large is known once each is alone.
             for letter in self._send(some, within_s):
                 self._send_alone(letter, within_s)
-            self.kept += len(some)
+        self.kept += len(letters)
 
     def _send_alone(self, letter: tuple[Message, str], within_s: float) -> None:
         for most_bytes in (None, *CUT_TO_BYTES):
