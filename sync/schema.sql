@@ -63,7 +63,7 @@ DECLARE
     made    text;
     before  text := current_setting('lock_timeout');
 BEGIN
-    FOREACH one IN ARRAY ARRAY['score_events', 'consumer_offsets', 'scores'] LOOP
+    FOREACH one IN ARRAY ARRAY['score_events', 'scores', 'consumer_offsets'] LOOP
         SELECT string_agg(format('ALTER COLUMN %I TYPE text COLLATE "C"', attname), ', ') INTO columns
         FROM pg_attribute
         WHERE attrelid = one::regclass AND attname IN ('board', 'player_id', 'consumer_group', 'topic')
@@ -73,6 +73,7 @@ BEGIN
             IF before = '0' THEN  -- a reader that we wait for makes all others wait
                 PERFORM set_config('lock_timeout', '5s', true);
             END IF;
+            LOCK TABLE score_events IN SHARE ROW EXCLUSIVE MODE;  -- the first of a batch: else we would meet midway
             views := '{}';
             grants := '{}';
             IF one = 'score_events' THEN

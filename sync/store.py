@@ -107,7 +107,9 @@ def migrate(database_url: str, history_days: int = 0) -> None:
     with psycopg.connect(database_url, connect_timeout=5) as connection:
         check_encoding(connection)
         connection.add_notice_handler(_warn)
-        connection.execute("SET statement_timeout = 0")  # indexes that are built anew may take longer than others wait
+        connection.execute(
+            "SET LOCAL statement_timeout = 0"
+        )  # indexes that are built anew may take longer than others wait
         connection.execute("SELECT set_config('scoreboard.history_days', %s, false)", (str(history_days),))
         connection.execute(sql.SQL(_SCHEMA))
 

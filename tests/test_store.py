@@ -117,6 +117,41 @@ def test_keys_sort_by_their_bytes_in_new_tables_and_in_those_that_are_there(data
     store.close()
 
 
+def test_keys_change_while_others_write(database_url: str) -> None:
+    migrate_as_before(database_url)
+    failures: list[Exception] = []
+    written = threading.Semaphore(0)
+    changed = threading.Event()
+
+    def write(number: int) -> None:
+        store, ms = Store(database_url), 1000
+        try:
+            while not changed.is_set():
+                persist(store, [event(f"player{i}", ms) for i in range(20)], {number: ms})
+                written.release()
+                ms += 1
+        except psycopg.Error as error:
+            failures.append(error)
+            written.release()
+        finally:
+            store.close()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            written.acquire()
+        migrate(database_url)
+    finally:
+        changed.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    with psycopg.connect(database_url) as connection:
+        assert keys_in_another_order(connection) == set()
+
+
 def test_views_of_others_keep_the_old_order_and_are_told(
     database_url: str, database: psycopg.Connection[Any], store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
