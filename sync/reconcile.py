@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from server.config import Settings
 from server.errors import ScoreboardError
-from server.events import INDEX_SPAN
+from server.events import INDEX_SPAN, MAX_SCORE
 from server.keys import BoardKeys, Keys
 from sync.kafka import new_consumer
 from sync.store import Store, StoredScore
@@ -279,14 +279,17 @@ def _through(entry_id: bytes | str) -> Version:
 
 
 def _number(raw: Any) -> int | None:
-    try:
-        return int(raw) if raw else None
-    except ValueError:
-        pass
-    try:
-        return int(float(raw))  # as a sorted set writes large ones
-    except (ValueError, OverflowError):
+    """A score; None for what is none, which is anything beyond MAX_SCORE, too."""
+    if not raw:
         return None
+    try:
+        score = int(raw)
+    except ValueError:
+        try:
+            score = int(float(raw))  # as a sorted set writes large ones
+        except (ValueError, OverflowError):
+            return None
+    return score if abs(score) <= MAX_SCORE else None
 
 
 def _shown(score: int | None) -> str:
