@@ -28,7 +28,7 @@ from server.events import FORMAT_VERSION, ScoreEvent, encode_event
 from sync.persister import BATCH_EVENTS
 from sync.store import Store, migrate
 from sync.topics import ensure_topics, look_up
-from tests.services import KafkaBroker, SyncProcess, UnavailableError, wait_until
+from tests.services import KafkaBroker, SyncProcess, UnavailableError, locale_of_databases, wait_until
 from tests.timescale import TimescaleServer
 
 TOPIC: Final = "score-updates"
@@ -77,19 +77,24 @@ LAYOUTS: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What this part may be told."""
     parser.add_argument("--rows", type=lambda text: int(float(text)), default=1_000_000, help="of history (1e6)")
-    parser.add_argument("--from-kafka", type=lambda text: int(float(text)), default=200_000, help="events more (2e5)")
+    parser.add_argument(
+        "--from-kafka", type=lambda text: int(float(text)), default=200_000, help="events more (2e5; 0: no Kafka)"
+    )
     parser.add_argument("--of-players", type=int, default=100_000, help="whose history it is (100000)")
     parser.add_argument("--rate", type=int, default=15_000, help="events a second of event time (15000)")
     parser.add_argument("--layouts", default=",".join(LAYOUTS), help=f"({','.join(LAYOUTS)})")
+    parser.add_argument("--locale", default=locale_of_databases(), help="of a plain PostgreSQL (en_US.UTF-8 if known)")
     parser.add_argument("--postgres", action="append", default=[], metavar="NAME=VALUE", help="a setting of the server")
 
 
 def measure(directory: Path, arguments: argparse.Namespace, say: Say) -> Iterator[Figures]:
     """The points of each layout; one that needs what is not to be had here is left out, and said."""
     with contextlib.ExitStack() as cleanup:
-        kafka = KafkaBroker(directory / "history-kafka")
-        cleanup.callback(kafka.stop)
-        kafka.start()
+        kafka = None
+        if arguments.from_kafka:
+            kafka = KafkaBroker(directory / "history-kafka")
+            cleanup.callback(kafka.stop)
+            kafka.start()
         for number, name in enumerate(arguments.layouts.split(",")):
             say(f"{name}: {arguments.rows:,} rows")
             try:
@@ -98,22 +103,23 @@ def measure(directory: Path, arguments: argparse.Namespace, say: Say) -> Iterato
                 say(f"{name}: left out, {error}")
 
 
-def _measure(directory: Path, kafka: KafkaBroker, name: str, arguments: argparse.Namespace) -> Iterator[Figures]:
+def _measure(directory: Path, kafka: KafkaBroker | None, name: str, arguments: argparse.Namespace) -> Iterator[Figures]:
     layout = LAYOUTS[name]
     directory.mkdir(parents=True)
     with _database(directory, layout, arguments) as (url, server):
-        settings = Settings(
-            database_url=url, kafka_brokers=kafka.brokers, kafka_topic=f"{TOPIC}-{directory.name}", history_days=0
-        )
-        ensure_topics(settings)
         migrate(url)
         with psycopg.connect(url, autocommit=True) as connection:
             for statement in layout.statements:
                 connection.execute(statement.encode())
         events = Events(arguments.of_players, arguments.rate)
-        shared = {"part": "history", "layout": name, "settings": arguments.postgres}
+        shared = {"part": "history", "layout": name, "locale": arguments.locale, "settings": arguments.postgres}
         for figures in _grow(url, server, events, arguments.rows):
             yield shared | {"how": "statement"} | figures
+        if kafka is None:
+            return
+        topic = f"{TOPIC}-{directory.name}"
+        settings = Settings(database_url=url, kafka_brokers=kafka.brokers, kafka_topic=topic, history_days=0)
+        ensure_topics(settings)
         _produce(settings, events, arguments.from_kafka)
         caught_up = _catch_up(directory, settings, arguments.from_kafka)
         yield shared | {"how": "from Kafka", "rows": arguments.rows + arguments.from_kafka} | caught_up
@@ -133,7 +139,7 @@ def _database(directory: Path, layout: Layout, arguments: argparse.Namespace) ->
                 connection.execute("CREATE DATABASE scoreboard TEMPLATE template0")
             yield timescale.url_of("scoreboard"), timescale
     else:
-        postgres = PostgresServer(directory / "postgres", options=options)
+        postgres = PostgresServer(directory / "postgres", options=options, locale=arguments.locale)
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(shutil.rmtree, directory, ignore_errors=True)  # all layouts would be 40 GB
             cleanup.callback(postgres.stop)

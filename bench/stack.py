@@ -1,4 +1,7 @@
-"""The whole scoreboard on free ports: real Redis, Kafka and PostgreSQL, server, relay and persister."""
+"""The whole scoreboard on free ports: real Redis, Kafka and PostgreSQL, server, relay and persister.
+
+PostgreSQL has the locale that most have, en_US.UTF-8, where this machine knows it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,15 @@ from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-def
 from bench.processes import resident_bytes
 from server.embedded import PostgresServer, RedisServer, Service
 from server.keys import Keys
-from tests.services import ROOT, KafkaBroker, ServerProcess, SyncProcess, environment, wait_until
+from tests.services import (
+    ROOT,
+    KafkaBroker,
+    ServerProcess,
+    SyncProcess,
+    environment,
+    locale_of_databases,
+    wait_until,
+)
 
 TOPIC = "score-updates"
 SETTLE_WITHIN_S = 300.0
@@ -35,7 +46,7 @@ class Stack:
         """Raises UnavailableError without Java or Maven."""
         self.redis = RedisServer(directory / "redis", options=redis_options)
         self.kafka = KafkaBroker(directory / "kafka")
-        self.postgres = PostgresServer(directory / "postgres")
+        self.postgres = PostgresServer(directory / "postgres", locale=locale_of_databases())
         settings = {
             "REDIS_HOST": self.redis.host,
             "REDIS_PORT": str(self.redis.port),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # scripts/setup.sh EXTRAS [tests|bench]: a .venv as pyproject.toml and constraints.txt want it; for the tests Chromium,
-# nginx and haproxy where they can be had, for the benchmarks wrk. Does nothing when they are there.
+# nginx and haproxy where they can be had, for the benchmarks wrk, for both the locale en_US.UTF-8. Does nothing when they
+# are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=$1 purpose=${2:-}
@@ -11,16 +12,19 @@ give_up() { say "$*"; exit 1; }
 # Installs a Debian package, where that is possible without asking anybody who is not there.
 apt_install() {
     command -v apt-get >/dev/null || return 1
+    say "installing $1 with apt-get"
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >&2 && return
+    as_root apt-get update -qq >&2 && as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >&2
+}
+
+as_root() {
     local root=()
     if [ "$(id -u)" != 0 ]; then
         command -v sudo >/dev/null || return 1
         root=(sudo)
         [ -t 0 ] || root+=(-n)
     fi
-    say "installing $1 with apt-get"
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >&2 && return
-    "${root[@]}" apt-get update -qq >&2 &&
-        "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$1" >&2
+    "${root[@]}" "$@"
 }
 
 find_python() {
@@ -69,6 +73,16 @@ want_chromium() {
     if ! apt_install chromium; then
         touch "$asked"
         say "no Chromium could be installed: its tests will be skipped (to ask again, delete $asked)"
+    fi
+}
+
+# The order that most databases have. Without it, those of the tests and benchmarks sort by bytes.
+want_locale() {
+    local asked=.cache/no-locale
+    if locale -a 2>/dev/null | grep -qix 'en_US\.utf-\?8' || [ -e $asked ]; then return; fi
+    if ! { apt_install locales && as_root localedef -i en_US -f UTF-8 en_US.UTF-8; } >&2; then
+        touch $asked
+        say "no locale en_US.UTF-8 could be had: databases of the tests sort by bytes (to ask again, delete $asked)"
     fi
 }
 
@@ -123,5 +137,9 @@ if [ "$purpose" = tests ]; then
     want_chromium
     want_nginx
     want_haproxy
+    want_locale
 fi
-if [ "$purpose" = bench ]; then need_wrk; fi
+if [ "$purpose" = bench ]; then
+    need_wrk
+    want_locale
+fi

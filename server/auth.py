@@ -33,9 +33,6 @@ FAILING_ADDRESSES: Final = 10_000
 # What PyJWT lets through of a hostile token: numbers that overflow, JSON nested too deep, keys of another kind.
 _BROKEN = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 
-# No player's name holds these: they would pass for line ends in logs and terminals.
-CONTROL_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-
 # JSON may spell half a surrogate pair, which no encoding can write: Redis would never get to see that batch.
 _NO_SUBJECT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -32,6 +32,7 @@ from server.slots import Address, check_mode
 from server.topology import Topology
 from server.uws_native import LIBRARY
 from sync.kafka import new_admin
+from sync.store import WrongEncoding, check_encoding
 
 ANSWER_WITHIN_S: Final = 3.0
 OLDEST_REDIS: Final = (7, 0)
@@ -41,6 +42,13 @@ MIGRATE: Final = "run `scoreboard migrate`, or start `sync`, which does the same
 _TABLES: Final = """
     SELECT wanted FROM unnest(ARRAY['scores', 'score_events', 'consumer_offsets']) AS wanted
     WHERE to_regclass(wanted) IS NULL
+"""
+_UNSORTED: Final = """
+    SELECT DISTINCT wanted FROM unnest(ARRAY['scores', 'score_events', 'consumer_offsets']) AS wanted
+    JOIN pg_attribute ON attrelid = to_regclass(wanted)
+    WHERE attname IN ('board', 'player_id', 'consumer_group', 'topic')
+      AND attcollation <> 'pg_catalog."C"'::regcollation
+    ORDER BY wanted
 """
 _EXTENSION: Final = """
     SELECT extversion, current_setting('timescaledb.license', true) FROM pg_extension WHERE extname = 'timescaledb'
@@ -290,12 +298,20 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
             yield Finding(State.FAIL, "PostgreSQL", found, "expected 14 or newer")
         else:
             yield Finding(State.OK, "PostgreSQL", found)
+        try:
+            check_encoding(connection)
+        except WrongEncoding as error:
+            yield Finding(State.FAIL, "PostgreSQL", str(error), "and name it in DATABASE_URL")
+            return
         yield _judge_extension(connection.execute(_EXTENSION).fetchone())
         missing = [table for (table,) in connection.execute(_TABLES)]
         if missing:
             yield Finding(State.FAIL, "PostgreSQL", f"no table {', '.join(missing)}", MIGRATE)
         else:
             yield Finding(State.OK, "PostgreSQL", "the schema is applied")
+        if unsorted := [table for (table,) in connection.execute(_UNSORTED)]:
+            advice = f"slower only; {MIGRATE}: it says what stands in the way"
+            yield Finding(State.WARN, "PostgreSQL", f"{', '.join(unsorted)}: keys in the database's own order", advice)
 
 
 def _judge_extension(extension: tuple[Any, ...] | None) -> Finding:

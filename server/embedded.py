@@ -166,9 +166,13 @@ class PostgresServer(Service):
 
     database: Final = "scoreboard"
 
-    def __init__(self, data: Path, port: int | None = None, options: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, data: Path, port: int | None = None, options: Mapping[str, str] | None = None, locale: str = "C"
+    ) -> None:
+        """`locale` is that of a cluster made anew."""
         self.port = port or free_port()
         self.data = data.absolute()
+        self._locale = locale
         settings = {
             "listen_addresses": ADDRESS,
             "port": str(self.port),
@@ -216,7 +220,7 @@ class PostgresServer(Service):
         if self.owner:
             os.chown(unfinished, *self.owner)
         initdb = [str(binaries / "initdb"), *_IN_DATA, "--username=postgres", "--auth=trust", "--encoding=UTF8"]
-        _run_in(unfinished, [*initdb, "--no-locale", "--no-sync"], self.owner)
+        _run_in(unfinished, [*initdb, f"--locale={self._locale}", "--no-sync"], self.owner)
         single = [str(binaries / "postgres"), "--single", *_IN_DATA, "postgres"]
         _run_in(unfinished, single, self.owner, f"CREATE DATABASE {self.database};\n")
         unfinished.rename(self.data)

@@ -18,6 +18,7 @@ import msgspec
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from server.config import Settings
+from server.events import Board, Moment, PlayerId
 from server.kafka_clients import client_settings, refusal
 
 POLL_S: Final = 0.5
@@ -37,9 +38,9 @@ _log = logging.getLogger(__name__)
 class _Changed(msgspec.Struct, rename="camel", gc=False):
     """What the live board needs of an event."""
 
-    board: str
-    player_id: str
-    at: int
+    board: Board
+    player_id: PlayerId
+    at: Moment
 
 
 _decode_changed = msgspec.json.Decoder(_Changed).decode
@@ -185,7 +186,7 @@ class EventFeed(threading.Thread):
                 continue
             try:
                 event = _decode_changed(record.value())
-            except (msgspec.DecodeError, TypeError):
+            except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
                 continue  # the persister counts and keeps what cannot be read
             changed.add((event.board, event.player_id))
             if event.at >= self._began_ms and (oldest_ms is None or event.at < oldest_ms):

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Final
 
 from server.events import BadEvent
+from server.keys import TAGS
 
 EPOCH_HEADER: Final = "epoch"
 """Of an event: the epoch of the Redis it was read from, in digits. One without it always counts."""
@@ -28,6 +29,14 @@ FENCE_HEADER: Final = "fence"
 
 TAG_HEADER: Final = "tag"
 """Of both, in a Redis Cluster: the hash tag that the epoch is of. Without it, it is that of a Redis without tags."""
+
+MOST_DIGITS: Final = 18
+"""Of an epoch: the database keeps it as a bigint."""
+
+MOST_FENCE_DIGITS: Final = 17
+"""Of a fence's. No clock comes near it, and whatever a fence of ours or of others says, a later epoch can be told."""
+
+_TAGS: Final = {f"{number:x}".encode(): f"{number:x}" for number in range(TAGS)}
 
 Epochs = Mapping[str, int]
 """By hash tag, "" where there are none, the epoch of the last fence; none for 0."""
@@ -59,16 +68,16 @@ class Fences:
     def admits(self, partition: int, headers: Headers) -> bool:
         """Whether the next record of a partition is an event that counts.
 
-        Raises BadEvent for an epoch that is no number.
+        Raises BadEvent for an epoch that is no number or too large a one, and for a tag that is none.
         """
         tag, epoch, fence = "", None, None
         for name, value in headers or ():
             if name == EPOCH_HEADER:
-                epoch = _digits(name, value)
+                epoch = _number(name, value, MOST_DIGITS)
             elif name == FENCE_HEADER:
-                fence = _digits(name, value)
+                fence = _number(name, value, MOST_FENCE_DIGITS)
             elif name == TAG_HEADER:
-                tag = _text(name, value)
+                tag = _tag(name, value)
         if fence is not None:
             by_tag = self.epochs.setdefault(partition, {})
             # A server that was slow may write its fence behind that of a later epoch.
@@ -80,13 +89,14 @@ class Fences:
         return True
 
 
-def _digits(name: str, value: object) -> int:
-    if not isinstance(value, bytes) or not value.isdigit():
-        raise BadEvent(f"header {name}: expected digits, got {value!r}")
+def _number(name: str, value: object, most_digits: int) -> int:
+    if not isinstance(value, bytes) or not value.isdigit() or len(value) > most_digits:
+        raise BadEvent(f"header {name}: expected digits, {most_digits} at most, got {value!r}")
     return int(value)
 
 
-def _text(name: str, value: object) -> str:
-    if not isinstance(value, bytes) or not value.isalnum():
-        raise BadEvent(f"header {name}: expected letters and digits, got {value!r}")
-    return value.decode()
+def _tag(name: str, value: object) -> str:
+    tag = _TAGS.get(value) if isinstance(value, bytes) else None
+    if tag is None:
+        raise BadEvent(f"header {name}: expected a hexadecimal digit, got {value!r}")
+    return tag

@@ -17,9 +17,9 @@ from confluent_kafka.admin import AdminClient
 
 from server.config import Settings
 from server.errors import NotReady
-from server.events import FORMAT_VERSION, MEMORY_HEADER, BadEvent, ScoreEvent, check_format, decode_event
+from server.events import FORMAT_VERSION, BadEvent, ScoreEvent, decode_event, memory_of_headers
 from server.fences import FENCE_HEADER, TAG_HEADER, Fences
-from server.kafka_clients import client_settings, refusal
+from server.kafka_clients import client_settings, headers_of, refusal
 from server.replay import Log
 
 ANSWER_WITHIN_S: Final = 5.0
@@ -170,16 +170,14 @@ class KafkaTail:
             self._unread.discard(number)
         if offset >= end:
             return None
-        headers = message.headers()
         try:
-            check_format(headers)
+            headers = headers_of(message)
+            memory = memory_of_headers(headers)
             if not self._fences.admits(number, headers):
                 return None
-            event = decode_event(message.value())
+            return Record(number, offset, decode_event(message.value()), memory)
         except BadEvent:
             return None  # the persister counts and keeps what cannot be read
-        memory = dict(headers).get(MEMORY_HEADER) if headers else None
-        return Record(number, offset, event, memory.decode() if memory else None)
 
     def _bounds(self, number: int) -> tuple[int, int]:
         low, high = self._consumer.get_watermark_offsets(TopicPartition(self._topic, number), timeout=ANSWER_WITHIN_S)

@@ -269,7 +269,7 @@ class _Mending:
                 named = dict(zip(fields[::2], fields[1::2], strict=True))
                 try:
                     events = events_of_entry(entry_id.decode(), named.get(OUTBOX_FIELD, b""))
-                    memories = memories_of_entry(named.get(MEMORY_FIELD))
+                    memories = memories_of_entry(named.get(MEMORY_FIELD), len(events))
                 except BadEvent as error:
                     _log.warning("the outbox entry %s is no batch: %s", entry_id.decode(), error)
                     continue

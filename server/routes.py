@@ -16,13 +16,13 @@ import msgspec
 import psycopg
 
 from server.answers import JSON, NO_STORE, OK
-from server.auth import CONTROL_CHARACTERS, Authenticator, Caller, ClientAddress, FailureLimit
+from server.auth import Authenticator, Caller, ClientAddress, FailureLimit
 from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.bodies import Change, Result, SpelledChange, whole_number
 from server.config import Settings
 from server.database import TOP_LIMIT, Database
 from server.errors import Problem, not_applied
-from server.events import MAX_PLAYER, MAX_SCORE
+from server.events import CONTROL_CHARACTERS, MAX_PLAYER, MAX_SCORE
 from server.instruments import CONTENT_TYPE, Metrics
 from server.keys import default_board, idempotency_name
 from server.live import Live

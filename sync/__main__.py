@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TextIO
 
 import psycopg
@@ -131,9 +131,21 @@ def list_dead_letters(argv: list[str]) -> int:
 def _replay(settings: Settings, only: tuple[int, int] | None) -> int:
     found = dead_letters.letters(settings)
     chosen = (letter for letter in found if letter.topic and only in (None, (letter.partition, letter.offset)))
-    count = dead_letters.send_again(settings, chosen)
+    cut: list[str] = []
+    count = dead_letters.send_again(settings, _whole(chosen, cut))
     _print(f"{count} records sent once more")
+    if cut:
+        _print(f"not sent, for they were too large to be kept whole: {', '.join(cut)}")
     return 1 if only and not count else 0
+
+
+def _whole(found: Iterable[dead_letters.Letter], cut: list[str]) -> Iterator[dead_letters.Letter]:
+    """Those letters that can be sent again; `cut` gets the places of the others."""
+    for letter in found:
+        if letter.whole:
+            yield letter
+        else:
+            cut.append(f"{letter.partition}:{letter.offset}")
 
 
 def _place(text: str) -> tuple[int, int]:

@@ -9,16 +9,32 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from server.config import Settings
+from server.events import BadEvent
 from server.fences import EPOCH_HEADER
+from server.kafka_clients import headers_of
 from sync.kafka import MAX_IN_FLIGHT, new_admin, new_consumer, new_producer
 
 SHOWN_BYTES: Final = 80
 ANSWER_WITHIN_S: Final = 10.0
+LONGEST_REASON: Final = 1000
+"""Characters: what refuses a record may repeat it."""
+
+AT_ONCE_BYTES: Final = 1_000_000
+"""Of records put aside before Kafka's confirmation is waited for: a few thousand large ones would never be in time."""
+
+CUT_TO_BYTES: Final = (100_000, 1_000, 0)
+"""What is kept of the key and of the value, each, of a record that Kafka does not take as a letter: its own limit may
+be met already, and a letter says more. The next one is tried when that is refused as well."""
+
+CUT_HEADER: Final = "truncated"
+"""Of a letter that is not whole: how many bytes the record's value had."""
+
 _OURS: Final = ("reason", "topic", "partition", "offset", "timestamp")
 """The headers of a letter that its record did not have."""
 
@@ -42,35 +58,65 @@ class DeadLetters:
 
         Raises KafkaException when that was not confirmed in time; some of them may be there nevertheless.
         """
-        if not letters:
-            return
+        for some in _at_once(letters):
+            for record, reason in some:
+                source = f"{record.topic()}/{record.partition()}/{record.offset()}"
+                _log.error("%s goes to %s: %s", source, self._settings.dead_letter_topic, reason[:LONGEST_REASON])
+            # Kafka refuses a request as a whole: what is too large is known once each is alone.
+            for letter in self._send(some, within_s):
+                self._send_alone(letter, within_s)
+        self.kept += len(letters)
+
+    def _send_alone(self, letter: tuple[Message, str], within_s: float) -> None:
+        for most_bytes in (None, *CUT_TO_BYTES):
+            if not self._send([letter], within_s, most_bytes):
+                return
+        raise KafkaException(KafkaError(KafkaError.MSG_SIZE_TOO_LARGE))
+
+    def _send(
+        self, letters: list[tuple[Message, str]], within_s: float, most_bytes: int | None = None
+    ) -> list[tuple[Message, str]]:
+        """Put letters into the topic; returns those that are too large for it, or `most_bytes` of each."""
         if self._producer is None:
             self._producer = new_producer(self._settings, self._on_error)
         self._error = None
-        for record, reason in letters:
-            self._produce(self._producer, record, reason)
+        too_large: list[tuple[Message, str]] = []
+        for letter in letters:
+            answered = partial(self._answered, letter, too_large)
+            try:
+                self._produce(self._producer, letter, most_bytes, answered)
+            except KafkaException as error:  # it is too large for the producer already
+                answered(error.args[0], None)
         left = self._producer.flush(within_s)
         if left or self._error:
             self._give_up(self._producer)
-        self.kept += len(letters)
+        return too_large
 
-    def _produce(self, producer: Producer, record: Message, reason: str) -> None:
-        source = f"{record.topic()}/{record.partition()}/{record.offset()}"
-        _log.error("%s goes to %s: %s", source, self._settings.dead_letter_topic, reason)
-        headers = [
-            *(record.headers() or ()),
-            ("reason", reason),
+    def _produce(self, producer: Producer, letter: tuple[Message, str], most_bytes: int | None, answered: Any) -> None:
+        record, reason = letter
+        key, value = record.key(), record.value()
+        headers: list[tuple[str, Any]] = []
+        if most_bytes is None:
+            headers += _readable_headers(record)
+        else:
+            headers.append((CUT_HEADER, str(len(value or b""))))
+            key, value = key and key[:most_bytes], value and value[:most_bytes]
+        headers += [
+            ("reason", reason[:LONGEST_REASON].encode(errors="replace")),
             ("topic", record.topic()),
             ("partition", str(record.partition())),
             ("offset", str(record.offset())),
             ("timestamp", str(record.timestamp()[1])),
         ]
-        producer.produce(
-            self._settings.dead_letter_topic, record.value(), record.key(), on_delivery=self._answered, headers=headers
-        )
+        producer.produce(self._settings.dead_letter_topic, value, key, on_delivery=answered, headers=headers)
 
-    def _answered(self, error: KafkaError | None, _: Message) -> None:
-        self._error = error or self._error
+    def _answered(
+        self, letter: tuple[Message, str], too_large: list[tuple[Message, str]], error: KafkaError | None, _: Any
+    ) -> None:
+        if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE:
+            too_large.append(letter)
+        else:
+            self._error = error or self._error
 
     def _on_error(self, error: KafkaError) -> None:
         _log.debug("%s", error)
@@ -97,10 +143,16 @@ class Letter(NamedTuple):
     headers: list[tuple[str, Any]]
     timestamp_ms: int
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of the record is here, so that it can be sent again."""
+        return all(name != CUT_HEADER for name, _ in self.headers)
+
     def __str__(self) -> str:
-        when = datetime.fromtimestamp(self.refused_ms / 1000, UTC).isoformat(timespec="seconds")
+        when = _iso(self.refused_ms)
         value = "no value" if self.value is None else repr(self.value[:SHOWN_BYTES])[1:]
-        return f"{self.topic}/{self.partition}:{self.offset}  {when}  {' '.join(self.reason.split())}  {value}"
+        reason = "".join(each if each.isprintable() else " " for each in " ".join(self.reason.split()))
+        return f"{self.topic}/{self.partition}:{self.offset}  {when}  {reason}  {value}"
 
 
 def letters(settings: Settings) -> Iterator[Letter]:
@@ -175,17 +227,52 @@ def _until(consumer: Consumer, end: int) -> Iterator[Message]:
 
 
 def _letter(record: Any) -> Letter:
-    headers = record.headers() or []
+    headers = _readable_headers(record)
     told = {name: (value or b"").decode("utf-8", "replace") for name, value in headers if name in _OURS}
     refused_ms = record.timestamp()[1]
     return Letter(
         told.get("topic", ""),
-        int(told.get("partition", -1)),
-        int(told.get("offset", -1)),
+        _number(told.get("partition"), -1),
+        _number(told.get("offset"), -1),
         told.get("reason", "no reason"),
         refused_ms,
         record.key(),
         record.value(),
         [(name, value) for name, value in headers if name not in _NOT_SENT_AGAIN],
-        int(told.get("timestamp", refused_ms)),
+        _number(told.get("timestamp"), refused_ms),
     )
+
+
+def _readable_headers(record: Message) -> list[tuple[str, Any]]:
+    """None of a record whose headers have names that are no text: that may be why it is here."""
+    try:
+        return list(headers_of(record))
+    except BadEvent:
+        return []
+
+
+def _at_once(letters: list[tuple[Message, str]]) -> Iterator[list[tuple[Message, str]]]:
+    """The same letters in groups of AT_ONCE_BYTES, or one that has more."""
+    some: list[tuple[Message, str]] = []
+    size_bytes = 0
+    for letter in letters:
+        letter_bytes = len(letter[0].value() or b"") + len(letter[0].key() or b"")
+        if some and size_bytes + letter_bytes > AT_ONCE_BYTES:
+            yield some
+            some, size_bytes = [], 0
+        some.append(letter)
+        size_bytes += letter_bytes
+    if some:
+        yield some
+
+
+def _number(text: str | None, otherwise: int) -> int:
+    """Of a letter's header; whoever may write into the topic may write anything."""
+    return int(text) if text and len(text) < 20 and text.isascii() and text.isdigit() else otherwise
+
+
+def _iso(at_ms: int) -> str:
+    try:
+        return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # a record's time is any 64 bits
+        return f"{at_ms} ms"

@@ -54,6 +54,7 @@ def new_producer(settings: Settings, on_error: Callable[[KafkaError], None]) -> 
             "enable.idempotence": True,
             "acks": "all",
             "message.timeout.ms": 0,
+            "message.max.bytes": 10_000_000,  # what is too large is for the broker to say, which takes more than 1 MB
             "partitioner": "murmur2_random",
             "linger.ms": 0,
             "queue.buffering.max.messages": MAX_IN_FLIGHT,

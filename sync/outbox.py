@@ -15,6 +15,7 @@ from redis.retry import Retry
 
 from server.config import Settings
 from server.events import MEMORY_FIELD, OUTBOX_FIELD
+from server.fences import MOST_DIGITS
 from server.keys import Keys
 from server.slots import Address
 
@@ -26,6 +27,7 @@ EVENTS_A_READ: Final = 1500
 BYTES_AN_EVENT: Final = 15
 _BLOCK_MS: Final = 1000
 _BEGINNING: Final = "0-0"
+_LAST_SEQ: Final = 2**64 - 1
 _TRIM: Final = Path(__file__).with_name("trim_outbox.lua").read_text()
 
 
@@ -118,8 +120,8 @@ class Outbox:
             raise redis.ConnectionError("the connections lead to two different Redis processes")
         self._reader.send_command("HGET", self._keys.ready, "epoch")  # type: ignore[no-untyped-call]
         epoch: bytes | None = self._reader.read_response()
-        if epoch is None:
-            raise redis.ConnectionError("Redis has no scoreboard")
+        if epoch is None or not epoch.isdigit() or len(epoch) > MOST_DIGITS:
+            raise redis.ConnectionError("Redis has no scoreboard")  # every record with such an epoch would be refused
         return epoch
 
 
@@ -137,5 +139,5 @@ def _next_count(entries: list[Entry]) -> int:
 
 
 def _after(entry_id: str) -> str:
-    ms, seq = entry_id.split("-")
-    return f"{ms}-{int(seq) + 1}"
+    ms, seq = map(int, entry_id.split("-"))
+    return f"{ms}-{seq + 1}" if seq < _LAST_SEQ else f"{ms + 1}-0"

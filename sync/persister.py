@@ -17,9 +17,10 @@ import psycopg
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from server.config import Settings
-from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, check_format, decode_event
+from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, decode_event, memory_of_headers
 from server.fences import Fences
 from server.instruments import Histogram
+from server.kafka_clients import headers_of
 from sync.chain import Chain
 from sync.dead_letters import DeadLetters
 from sync.kafka import new_consumer
@@ -221,8 +222,8 @@ class Persister:
                 self._heed(record.error())
                 continue
             try:
-                headers = record.headers()
-                check_format(headers)
+                headers = headers_of(record)
+                memory_of_headers(headers)  # a rebuild refuses the whole record for it
                 if not self._fences.admits(record.partition(), headers):
                     continue
                 events.append(decode_event(record.value()))

@@ -20,7 +20,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 
 from server.config import Settings
 from server.errors import ScoreboardError
-from server.events import INDEX_SPAN
+from server.events import INDEX_SPAN, MAX_SCORE
 from server.keys import BoardKeys, Keys
 from sync.kafka import new_consumer
 from sync.store import Store, StoredScore
@@ -155,7 +155,7 @@ class Reconciliation:
         while True:
             reply: Any = client.zscan(board.leaderboard, cursor, count=CHUNK)
             cursor, members = reply
-            players = list(dict.fromkeys(member.decode("utf-8", "backslashreplace") for member, _ in members))
+            players = list(dict.fromkeys(_name(member) for member, _ in members))
             for start in range(0, len(players), CHUNK):  # a small sorted set comes as a whole
                 unknown = self._store.without_score(board.name, players[start : start + CHUNK])
                 if unknown:
@@ -258,6 +258,11 @@ class _Pipeline:
             self._consumer.close()
 
 
+def _name(member: bytes) -> str:
+    """A player's name; of a member that is none, one that nobody has: the database takes no NUL."""
+    return member.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+
+
 def _looked_at_again(doubt: Difference, row: StoredScore | None) -> Difference | None:
     """What is left of a difference, now that all events up to its version are stored."""
     if row != doubt.row and row and row.version > doubt.version:
@@ -274,14 +279,17 @@ def _through(entry_id: bytes | str) -> Version:
 
 
 def _number(raw: Any) -> int | None:
-    try:
-        return int(raw) if raw else None
-    except ValueError:
-        pass
-    try:
-        return int(float(raw))  # as a sorted set writes large ones
-    except (ValueError, OverflowError):
+    """A score; None for what is none, which is anything beyond MAX_SCORE, too."""
+    if not raw:
         return None
+    try:
+        score = int(raw)
+    except ValueError:
+        try:
+            score = int(float(raw))  # as a sorted set writes large ones
+        except (ValueError, OverflowError):
+            return None
+    return score if abs(score) <= MAX_SCORE else None
 
 
 def _shown(score: int | None) -> str:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import redis
 from confluent_kafka import KafkaError, KafkaException
@@ -56,7 +56,7 @@ LOOK_EVERY_S: Final = 0.005
 
 IDLE_S: Final = 0.1
 LARGEST_DEAD_LETTER_BYTES: Final = 512 * 1024
-"""Half of what a broker takes by default: even a monstrous entry must not block the outbox."""
+"""Half of what a broker takes by default, tried first: not even a monstrous entry may block the outbox."""
 
 _log = logging.getLogger("sync.relay")
 
@@ -271,7 +271,7 @@ class _Turn:
             if entry.payload is None:
                 raise BadEvent("expected the field `batch`")
             events = events_of_entry(entry.entry_id, entry.payload)
-            memories = memories_of_entry(entry.memory)
+            memories = memories_of_entry(entry.memory, len(events))
         except BadEvent as error:
             self._set_aside(entry, error)
             return
@@ -293,14 +293,19 @@ class _Turn:
     def _set_aside(self, entry: Entry, reason: BadEvent) -> None:
         owed = _Owed(entry.entry_id, 1)
         self._owed.append(owed)
-        self._producer.produce(
-            self._dead_letter_topic,
-            (entry.payload or b"")[:LARGEST_DEAD_LETTER_BYTES],
-            on_delivery=owed.answered,
-            headers=[("reason", str(reason)), ("outbox", entry.entry_id)],
-        )
+        headers: list[tuple[str, Any]] = [("reason", str(reason).encode(errors="replace")), ("outbox", entry.entry_id)]
+        self._produce_letter(owed, (entry.payload or b"")[:LARGEST_DEAD_LETTER_BYTES], headers)
         self._relay.dead_letters += 1
         _log.error("outbox entry %s goes to %s: %s", entry.entry_id, self._dead_letter_topic, reason)
+
+    def _produce_letter(self, owed: _Owed, payload: bytes, headers: list[tuple[str, Any]]) -> None:
+        def answered(error: KafkaError | None, message: object) -> None:
+            if error is not None and error.code() == KafkaError.MSG_SIZE_TOO_LARGE and payload:
+                self._produce_letter(owed, payload[: len(payload) // 8], headers)
+            else:
+                owed.answered(error, message)
+
+        self._producer.produce(self._dead_letter_topic, payload, on_delivery=answered, headers=headers)
 
     def _tend(self) -> None:
         now = time.monotonic()

@@ -7,6 +7,7 @@ told apart by version, and an offset never goes back.
 from __future__ import annotations
 
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 import psycopg
 from psycopg import errors, sql
 
+from server.errors import ScoreboardError
 from server.events import PERSISTER_GROUP, ScoreEvent
 from server.fences import Epochs
 
@@ -24,6 +26,9 @@ RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
 """Before each further try at a statement that lost a race, or whose connection was lost."""
 
 STATEMENT_TIMEOUT_MS: Final = 60_000
+_BAD_DATA: Final = ("22", "23", "44", "54")
+"""Classes of SQLSTATE that say "never this row", not "not now"; 54 are limits, as of what an index holds of a row."""
+
 _SCHEMA: Final = Path(__file__).with_name("schema.sql").read_text()
 _PERSIST: Final = Path(__file__).with_name("persist_batch.sql").read_text().encode()
 _OFFSETS: Final = """
@@ -61,6 +66,7 @@ _DELETE_OLD: Final = """
         SELECT ctid FROM score_events WHERE at < now() - make_interval(days => %s) LIMIT %s
     ))
 """
+_log = logging.getLogger("sync.store")
 _T = TypeVar("_T")
 
 
@@ -88,15 +94,42 @@ class Persisted(NamedTuple):
     offsets_advanced: int
 
 
+class WrongEncoding(ScoreboardError):
+    """A database that cannot hold every player's name: waiting does not mend it."""
+
+
 def migrate(database_url: str, history_days: int = 0) -> None:
     """Bring the schema up to date; harmless when it is, and when others do the same.
 
     `history_days` is how long a TimescaleDB that does it by itself keeps events; 0 is for ever.
-    Raises psycopg.Error.
+    Raises psycopg.Error, and WrongEncoding for a database that does not hold every name.
     """
     with psycopg.connect(database_url, connect_timeout=5) as connection:
+        check_encoding(connection)
+        connection.add_notice_handler(_warn)
+        connection.execute(
+            "SET LOCAL statement_timeout = 0"
+        )  # indexes that are built anew may take longer than others wait
         connection.execute("SELECT set_config('scoreboard.history_days', %s, false)", (str(history_days),))
         connection.execute(sql.SQL(_SCHEMA))
+
+
+def check_encoding(connection: psycopg.Connection[Any]) -> None:
+    """Pass a database that keeps text as UTF-8.
+
+    Raises WrongEncoding: another one refuses names, or, as SQL_ASCII, keeps bytes that it does not look at.
+    """
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        raise WrongEncoding(
+            f"the database {connection.info.dbname}: expected the encoding UTF8, which holds every name, got "
+            f"{encoding}; make another with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        )
+
+
+def _warn(notice: psycopg.errors.Diagnostic) -> None:
+    if notice.severity_nonlocalized == "WARNING":
+        _log.warning("%s", notice.message_primary)
 
 
 class Store:
@@ -116,8 +149,8 @@ class Store:
     ) -> Persisted:
         """Write the events and move the offsets, with the epochs of the last fences before them, all or nothing.
 
-        Raises psycopg.OperationalError when the database is away, and another psycopg.Error when it
-        refuses what it was given; either way nothing was written.
+        Raises psycopg.DataError or IntegrityError when the database refuses what it was given, OperationalError when it
+        is away, and another psycopg.Error when it does not let us; nothing was written then.
         """
         parameters = _columns(events) | {
             "consumer_group": PERSISTER_GROUP,
@@ -128,7 +161,16 @@ class Store:
             "epochs": [epochs.get(partition, {}).get("", 0) for partition in next_offsets],
             "tag_epochs": [_tagged(epochs.get(partition, {})) for partition in next_offsets],
         }
-        row = self._retrying(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
+
+        def write(connection: psycopg.Connection[Any]) -> Any:
+            try:
+                return connection.execute(_PERSIST, parameters).fetchone()
+            except psycopg.Error as error:
+                if (error.sqlstate or "")[:2] in _BAD_DATA and not isinstance(error, psycopg.IntegrityError):
+                    raise psycopg.DataError(str(error)) from error
+                raise
+
+        row = self._retrying(write)
         assert row is not None  # the statement returns one row
         return Persisted(*row)
 

@@ -13,7 +13,7 @@ import redis as redis_client
 
 from server.embedded import PostgresServer, RedisServer, Service
 from tests.browser import Chromium, axe_source
-from tests.services import KafkaBroker, UnavailableError
+from tests.services import KafkaBroker, UnavailableError, locale_of_databases
 from tests.timescale import TimescaleServer
 
 _numbers = itertools.count(1)
@@ -70,7 +70,8 @@ def fresh_redis(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One PostgreSQL for all tests."""
     options = {"fsync": "off", "max_connections": "200"}
-    yield from _running(PostgresServer(tmp_path_factory.mktemp("postgres") / "data", options=options))
+    data = tmp_path_factory.mktemp("postgres") / "data"
+    yield from _running(PostgresServer(data, options=options, locale=locale_of_databases()))
 
 
 @pytest.fixture

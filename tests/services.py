@@ -43,6 +43,12 @@ def wait_until(condition: Callable[[], T], deadline_s: float = 30.0, message: st
         time.sleep(0.02)
 
 
+def locale_of_databases() -> str:
+    """What most databases out there have, en_US.UTF-8, if this machine knows it: the tests' database sorts by it."""
+    known = subprocess.run(["locale", "-a"], capture_output=True, text=True, check=False).stdout.lower().split()
+    return "en_US.UTF-8" if {"en_us.utf8", "en_us.utf-8"} & set(known) else "C"
+
+
 def next_record(consumer: Consumer, deadline_s: float = 20.0) -> Message:
     """The next record; what a consumer says of a topic that is still being made is none.
 

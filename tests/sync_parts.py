@@ -11,6 +11,13 @@ from typing import Any, Protocol
 import msgspec
 import redis as redis_client
 from confluent_kafka import Consumer, Message, Producer, TopicPartition
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
 
 from server.config import Settings
 from server.events import FORMAT_VERSION, OUTBOX_FIELD, ScoreEvent, encode_event
@@ -117,6 +124,15 @@ def put_records(
         key, value = (b"", one) if isinstance(one, bytes) else (one.player_id, encode_event(one))
         producer.produce(settings.kafka_topic, value, key, headers=headers)
     assert producer.flush(10) == 0
+
+
+def limit_dead_letters(settings: Settings, most_bytes: int) -> None:
+    """Let the topic of dead letters take no batch of records that is larger."""
+    entry = ConfigEntry("max.message.bytes", str(most_bytes), incremental_operation=AlterConfigOpType.SET)
+    topic = ConfigResource(ResourceType.TOPIC, settings.dead_letter_topic, incremental_configs=[entry])
+    admin = AdminClient({"bootstrap.servers": settings.kafka_brokers})
+    for future in admin.incremental_alter_configs([topic]).values():
+        future.result(10)
 
 
 def put_fences(settings: Settings, epoch: int) -> None:

@@ -18,6 +18,7 @@ from server.embedded import ADDRESS, PostgresServer, RedisServer, free_port
 from sync.store import migrate
 from sync.topics import ensure_topics
 from tests.client import connect
+from tests.databases import database_of
 from tests.services import JWT_SECRET, ROOT, KafkaBroker, environment
 
 HEALTHY = {
@@ -192,6 +193,24 @@ def test_topics_that_differ_from_the_settings_are_warned_of(kafka_broker: KafkaB
 def test_database_without_timescale_is_fine(postgres_server: PostgresServer, database_url: str) -> None:
     migrate(database_url)
     assert bad(look_at("PostgreSQL", load({"DATABASE_URL": database_url}))) == []
+
+
+@pytest.mark.postgres
+def test_database_that_cannot_hold_every_name_fails(postgres_server: PostgresServer) -> None:
+    with database_of(postgres_server, "SQL_ASCII") as url:
+        ((state, found),) = bad(look_at("PostgreSQL", load({"DATABASE_URL": url})))
+    assert state == State.FAIL
+    assert "expected the encoding UTF8, which holds every name, got SQL_ASCII" in found
+
+
+@pytest.mark.postgres
+def test_keys_in_the_order_of_the_database_are_warned_of(database_url: str) -> None:
+    migrate(database_url)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute('ALTER TABLE scores ALTER board TYPE text COLLATE "default"')
+    assert bad(look_at("PostgreSQL", load({"DATABASE_URL": database_url}))) == [
+        (State.WARN, "scores: keys in the database's own order")
+    ]
 
 
 @pytest.mark.timescale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,8 +17,17 @@ from server.config import Settings
 from server.events import encode_event
 from sync.dead_letters import Letter, letters, send_again
 from sync.persister import Persister
+from tests.odd_records import Odd, put_odd_records
 from tests.services import ROOT, KafkaBroker, environment, wait_until
-from tests.sync_parts import environment_of, event, migrated, put_records, records_of, running
+from tests.sync_parts import (
+    environment_of,
+    event,
+    limit_dead_letters,
+    migrated,
+    put_records,
+    records_of,
+    running,
+)
 
 pytestmark = [pytest.mark.kafka, pytest.mark.postgres]
 
@@ -63,11 +73,12 @@ POISON = {
     "Expected `int`, got `str` - at `$.newScore`": raw(newScore="7"),
     "Expected `int` <= 9007199254740991": raw(newScore=2**53),
     "Expected `str` of length <= 128": raw(playerId="x" * 129),
+    "Expected `str` of length <= 64": raw(board="b" * 9000),
     "not enough values to unpack": raw(eventId="1000-0"),
     "`at` is the id's milliseconds: expected 1000, got 1001": raw(at=1001),
-    "bigint": raw(eventId=f"1000-{2**60}-0"),
-    "timestamp out of range": raw(eventId=f"{10**17}-0-0", at=10**17),
-    "NUL": raw(playerId="a\0b"),
+    "eventId: expected ms-seq-index, each in range": raw(eventId=f"1000-{2**60}-0"),
+    "Expected `int` <= 253402300799999 - at `$.at`": raw(eventId=f"{10**17}-0-0", at=10**17),
+    "playerId: expected no control characters, got '\\x00'": raw(playerId="a\0b"),
 }
 
 
@@ -101,6 +112,47 @@ def test_letter_tells_where_it_stood_and_what_it_was(settings: Settings, databas
     (letter,) = letters(settings)
     assert letter[:4] == (settings.kafka_topic, 1, 0, "JSON is malformed: invalid character (byte 0)")
     assert letter[5:] == (b"ann", b"poison", headers, 1_700_000_000_000)
+
+
+def test_letters_too_large_for_their_topic_are_cut_and_not_sent_again(
+    settings: Settings, database: psycopg.Connection[Any]
+) -> None:
+    limit_dead_letters(settings, 5000)
+    poison = [b"small", b"x" * 900_000, b"y" * 4900, b"z" * 700]
+    put_records(settings, poison)
+    persist_all(settings, database, 4)
+    kept = list(letters(settings))
+    assert {(letter.value or b"")[:1]: len(letter.value or b"") for letter in kept} == {
+        b"s": 5, b"x": 1000, b"y": 1000, b"z": 700,
+    }  # fmt: skip
+    assert {(letter.value or b"")[:1] for letter in kept if letter.whole} == {b"s", b"z"}
+    cut = ", ".join(f"{letter.partition}:{letter.offset}" for letter in kept if not letter.whole)
+    replayed = command(settings, "--replay")
+    assert replayed.stdout == f"2 records sent once more\nnot sent, for they were too large to be kept whole: {cut}\n"
+    assert len(records_of(settings)) == 6
+
+
+def test_record_as_large_as_kafka_takes_is_kept(settings: Settings, database: psycopg.Connection[Any]) -> None:
+    producer = Producer({"bootstrap.servers": settings.kafka_brokers, "message.max.bytes": 2_000_000})
+    for partition in range(2):
+        producer.produce(settings.kafka_topic, b"x" * 1_048_400, partition=partition)
+    producer.produce(settings.kafka_topic, b"x" * 1_000_000, partition=0)
+    assert producer.flush(10) == 0
+    persist_all(settings, database, 3)
+    kept = sorted((letter.whole, len(letter.value or b"")) for letter in letters(settings))
+    assert kept == [(False, 100_000), (False, 100_000), (True, 1_000_000)]
+
+
+def test_letter_of_somebody_else_is_listed_too(settings: Settings) -> None:
+    topic = dataclasses.replace(settings, kafka_topic=settings.dead_letter_topic)
+    strange = [(b"partition", b"x"), (b"offset", b"9" * 5000), (b"timestamp", b"-"), (b"reason", b"\x1b[2J\xff")]
+    put_odd_records(topic, [Odd(b"1", strange), Odd(b"2", [(b"\xff", b"x")]), Odd(None, [])])
+    listed = command(settings)
+    assert listed.returncode == 0, listed.stderr
+    assert len(listed.stdout.splitlines()) == 4
+    assert "\x1b" not in listed.stdout
+    far = Letter("t", 0, 0, "r", 2**62, None, None, [], 0)
+    assert f"{2**62} ms" in str(far)
 
 
 def test_replay_sends_records_as_they_were_and_counts_them_once(

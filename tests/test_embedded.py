@@ -137,6 +137,14 @@ def test_postgres_never_runs_as_root_nor_opens_directories(fresh_postgres: Postg
 
 
 @pytest.mark.postgres
+def test_postgres_holds_every_name(fresh_postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with psycopg.connect(fresh_postgres.url) as connection:
+        found = "SELECT datname, pg_encoding_to_char(encoding) FROM pg_database ORDER BY datname"
+        databases = ["postgres", PostgresServer.database, "template0", "template1"]
+        assert connection.execute(found).fetchall() == [(name, "UTF8") for name in databases]
+
+
+@pytest.mark.postgres
 def test_interrupted_initdb_is_done_again(tmp_path: Path) -> None:
     unfinished = tmp_path / "postgres.unfinished"
     unfinished.mkdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.events import BadEvent
-from server.fences import EPOCH_HEADER, FENCE_HEADER, Fences
+from server.fences import EPOCH_HEADER, FENCE_HEADER, MOST_FENCE_DIGITS, Fences
 
 
 def of_epoch(epoch: int) -> list[tuple[str, object]]:
@@ -54,7 +54,7 @@ def test_reader_that_begins_elsewhere_takes_over_the_fences_before() -> None:
     assert not fences.admits(1, of_epoch(8))
 
 
-@pytest.mark.parametrize("value", [b"", b"x", b"-1", None])
+@pytest.mark.parametrize("value", [b"", b"x", b"-1", None, b"1_0", "\u0661".encode(), b"9" * 19, b"9" * 5000])
 @pytest.mark.parametrize("header", [EPOCH_HEADER, FENCE_HEADER])
 def test_epoch_that_is_no_number_makes_a_bad_event(header: str, value: bytes | None) -> None:
     with pytest.raises(BadEvent, match=f"header {header}: expected digits"):
@@ -71,7 +71,17 @@ def test_fence_of_one_tag_concerns_no_other() -> None:
     assert (fences.highest("3"), fences.highest("a"), fences.highest("")) == (7, 0, 0)
 
 
-@pytest.mark.parametrize("value", [b"", b"{3}", None])
+@pytest.mark.parametrize("value", [b"", b"{3}", None, b"10", b"F", b"\xff", b"a" * 10**6])
 def test_tag_that_is_no_word_makes_a_bad_event(value: bytes | None) -> None:
-    with pytest.raises(BadEvent, match="header tag: expected letters and digits"):
+    with pytest.raises(BadEvent, match="header tag: expected a hexadecimal digit"):
         Fences().admits(0, [("tag", value)])
+
+
+def test_epoch_above_any_fence_can_be_told() -> None:
+    highest = int("9" * MOST_FENCE_DIGITS)
+    fences = Fences()
+    assert not fences.admits(0, fence(highest))
+    assert fences.admits(0, of_epoch(highest + 1))
+    with pytest.raises(BadEvent, match=f"expected digits, {MOST_FENCE_DIGITS} at most"):
+        fences.admits(0, fence(highest + 1))
+    assert fences.highest("") == highest

@@ -22,6 +22,7 @@ from sync.persister import Persister
 from sync.placement import LogGap, check_topic, first_offset
 from sync.store import Store, StoredOffset
 from sync.topics import Topic, ensure_topics, look_up
+from tests.odd_records import ODD, put_odd_records
 from tests.services import KafkaBroker, SyncProcess, wait_until
 from tests.sync_parts import environment_of, event, migrated, put_fences, put_records, records_of, running
 
@@ -198,6 +199,45 @@ def test_records_that_cannot_be_stored_are_put_aside_and_block_nothing(
     assert set(reasons[b"not JSON"]) >= {"reason", "topic", "partition", "offset"}
     assert reasons[b"not JSON"]["topic"] == settings.kafka_topic.encode()
     assert b"JSON is malformed" in reasons[b"not JSON"]["reason"]
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+def test_odd_record_is_put_aside_whatever_is_odd_about_it(
+    settings: Settings, database: psycopg.Connection[Any]
+) -> None:
+    put_records(settings, [event("ann", 1000, score=1)], epoch=5)
+    put_odd_records(settings)
+    put_records(settings, [event("ann", 1001, score=2)], epoch=5)
+    with running(Persister, settings) as part:
+        wait_until(lambda: caught_up(database, len(ODD) + 2))
+    assert part.dead_letters == len(ODD)
+    assert scores(database) == {"ann": 2}
+    letters = records_of(settings, settings.dead_letter_topic)
+    assert [letter.value() for letter in letters] == [record.value for record in ODD]
+    assert max(len(dict(letter.headers())["reason"]) for letter in letters) <= 1200
+
+
+@pytest.mark.kafka
+@pytest.mark.postgres
+@pytest.mark.parametrize("sqlstate", ["54000", "22000", "23514", "44000"])
+def test_row_that_the_database_never_takes_is_put_aside_alone(
+    settings: Settings, database: psycopg.Connection[Any], sqlstate: str
+) -> None:
+    database.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" RAISE EXCEPTION 'index row size 9000 exceeds 2704' USING ERRCODE = '{sqlstate}'; END $$"
+    )
+    database.execute(
+        "CREATE TRIGGER refuse BEFORE INSERT ON scores FOR EACH ROW"
+        " WHEN (NEW.player_id = 'odd') EXECUTE FUNCTION refuse()"
+    )
+    put_records(settings, [event(f"player{i}", 1000) for i in range(20)] + [event("odd", 1000)])
+    with running(Persister, settings) as part:
+        wait_until(lambda: caught_up(database, 21))
+    assert (part.persisted_events, part.dead_letters, part.outages) == (20, 1, 0)
+    (letter,) = records_of(settings, settings.dead_letter_topic)
+    assert b"exceeds 2704" in dict(letter.headers())["reason"]
 
 
 @pytest.mark.kafka

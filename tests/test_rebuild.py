@@ -31,6 +31,7 @@ from server.scores import Outcome
 from sync import store
 from sync.topics import ensure_topics, look_up
 from tests.client import board, can_write, connect, get, post, store_scores, wait_until_writable
+from tests.odd_records import owe_odd_entries, put_odd_records
 from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
 from tests.sync_parts import environment_of, event, put_fences
 from tests.test_idempotency import submit
@@ -164,6 +165,16 @@ class TestRebuild:
         assert redis.xlen(KEYS.outbox) == 2, "what is owed stays"
         assert last_id(redis) == "3000-1"
         assert marker(redis) == (pytest.approx(NOW_MS, abs=3_600_000), redis.info()["run_id"])
+
+    def test_odd_records_and_entries_are_passed_over(self, settings: Settings, redis: redis_client.Redis) -> None:
+        send(settings, event("ann", NOW_MS, score=1), memory=MEMORY)
+        put_odd_records(settings)
+        send(settings, event("bob", NOW_MS, seq=1, score=2))
+        owe(redis, event("cy", NOW_MS, seq=2, score=3))
+        owe_odd_entries(redis)
+        verify(settings)
+        assert shown(redis) == {"ann": 1, "bob": 2, "cy": 3}
+        assert redis.exists(KEYS.answer + MEMORY[16:])
 
     def test_ids_go_on_above_the_largest_version_seen(self, settings: Settings, redis: redis_client.Redis) -> None:
         ahead_ms = NOW_MS + 1_800_000
@@ -336,6 +347,16 @@ class TestReplay:
         assert marker(redis) == (NOW_MS * 2 + 1, redis.info()["run_id"])
         assert redis.get("player:bob:score") == b"untouched"
         assert last_id(redis) == "1000-0"
+
+    def test_odd_records_in_the_missing_tail_are_passed_over(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        hold(redis, event("ann", NOW_MS, score=1))
+        redis.hset(KEYS.ready, mapping={"epoch": 1, "run_id": "of another process"})
+        put_odd_records(settings)
+        send(settings, event("ann", NOW_MS, seq=1, score=2))
+        verify(settings)
+        assert shown(redis) == {"ann": 2}
 
     def test_copy_older_than_the_log_gets_what_only_the_database_knows(
         self, settings: Settings, redis: redis_client.Redis

@@ -183,6 +183,20 @@ def test_board_that_ranks_another_score_is_a_difference(
     ]
 
 
+def test_what_no_update_writes_into_redis_is_no_obstacle(
+    settings: Settings, redis: redis_client.Redis, store: Store
+) -> None:
+    put(redis, {"ann": 7})
+    redis.zadd(KEYS.board("main").leaderboard, {"a\0b": 1, b"\xff": 2})  # type: ignore[dict-item]
+    redis.set(KEYS.board("main").score("huge"), "9" * 30)
+    redis.zadd(KEYS.board("main").leaderboard, {"huge": 10**30})
+    set_last_id(redis, 2000)
+    persist(store, {"ann": 6, "huge": 5})
+    outcome, said = compared(settings, repair=True)
+    assert (outcome.differing, outcome.repaired) == (2, 1)
+    assert sorted(said) == ['main "ann": Redis 7, database 6 (-1)', 'main "huge": Redis none, database 5']
+
+
 def test_more_players_than_a_chunk_are_all_compared(
     settings: Settings, redis: redis_client.Redis, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

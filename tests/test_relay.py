@@ -18,8 +18,9 @@ from server.keys import Keys
 from sync.lease import Lease
 from sync.relay import Relay
 from sync.topics import ensure_topics, look_up
+from tests.odd_records import ODD_ENTRIES, owe_odd_entries
 from tests.services import KafkaBroker, SyncProcess, wait_until
-from tests.sync_parts import add_entries, add_entry, environment_of, records_of, running
+from tests.sync_parts import add_entries, add_entry, environment_of, limit_dead_letters, records_of, running
 
 pytestmark = [pytest.mark.redis, pytest.mark.kafka]
 
@@ -231,6 +232,41 @@ def test_entry_that_is_no_batch_is_put_aside_and_blocks_nothing(redis: redis_cli
     letters = [dict(letter.headers()) for letter in records_of(settings, settings.dead_letter_topic)]
     assert [letter["outbox"].decode() for letter in letters] == [bad, other, short, strange, endless]
     assert letters[1]["reason"] == b"expected the field `batch`"
+
+
+def test_odd_entry_is_put_aside_whatever_is_odd_about_it(redis: redis_client.Redis, settings: Settings) -> None:
+    expected = add_entries(redis, 1)
+    odd = owe_odd_entries(redis)
+    with running(Relay, settings) as relay:
+        wait_until(outbox_is_empty(redis))
+    assert relay.dead_letters == len(odd) == len(ODD_ENTRIES) + 1
+    assert first_deliveries(records_of(settings)) == expected
+    letters = [dict(letter.headers()) for letter in records_of(settings, settings.dead_letter_topic)]
+    assert [letter["outbox"].decode() for letter in letters] == odd
+
+
+@pytest.mark.parametrize("epoch", ["", "odd", "9" * 19, "9" * 5000])
+def test_marker_without_an_epoch_is_none(redis: redis_client.Redis, settings: Settings, epoch: str) -> None:
+    redis.hset(Keys().ready, "epoch", epoch)
+    expected = add_entries(redis, 1)
+    with running(Relay, settings) as relay:
+        wait_until(lambda: relay.redis_outage.goes_on)
+        verified(redis, epoch=7)
+        wait_until(outbox_is_empty(redis))
+    records = records_of(settings)
+    assert first_deliveries(records) == expected
+    assert {dict(record.headers())[EPOCH_HEADER] for record in records} == {b"7"}
+
+
+def test_entry_larger_than_the_dead_letter_topic_takes_is_cut(redis: redis_client.Redis, settings: Settings) -> None:
+    limit_dead_letters(settings, 2000)
+    add_entry(redis, [("ann", 1, 1)] * 30_000)
+    expected = add_entries(redis, 1)
+    with running(Relay, settings):
+        wait_until(outbox_is_empty(redis))
+    assert first_deliveries(records_of(settings)) == expected
+    (letter,) = records_of(settings, settings.dead_letter_topic)
+    assert 0 < len(letter) < 2000
 
 
 def test_topics_are_made_once_and_stay_what_they_are(settings: Settings) -> None:

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.embedded import PostgresServer
 from server.events import MAX_SCORE, ScoreEvent
-from sync.store import Persisted, Store, StoredOffset, migrate
+from sync.store import Persisted, Store, StoredOffset, WrongEncoding, migrate
+from tests.databases import database_of, migrate_as_before
 from tests.sync_parts import event
 
 pytestmark = pytest.mark.postgres
@@ -71,6 +73,119 @@ def test_schema_is_applied_by_many_at_once(database_url: str) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+KEYS = {
+    ("scores", "board"), ("scores", "player_id"), ("score_events", "board"), ("score_events", "player_id"),
+    ("consumer_offsets", "consumer_group"), ("consumer_offsets", "topic"),
+}  # fmt: skip
+_UNSORTED = """
+    SELECT attrelid::regclass::text, attname FROM pg_attribute
+    WHERE attrelid::regclass::text IN ('scores', 'score_events', 'consumer_offsets')
+      AND attname IN ('board', 'player_id', 'consumer_group', 'topic') AND attcollation <> '"C"'::regcollation
+"""
+
+
+def keys_in_another_order(database: psycopg.Connection[Any]) -> set[tuple[str, str]]:
+    return {(table, column) for table, column in database.execute(_UNSORTED)}
+
+
+def test_keys_sort_by_their_bytes_in_new_tables_and_in_those_that_are_there(database_url: str) -> None:
+    migrate_as_before(database_url)
+    names = ["a", "B", "ab", "A b", "_", "é", "漢", "🎲", "Ž", "z"]
+    store = Store(database_url)
+    persist(store, [event(name, 1000 + i, score=i) for i, name in enumerate(names)], {0: 10})
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        assert keys_in_another_order(connection) == KEYS
+        connection.execute("CREATE ROLE reader_of_tests")
+        try:
+            connection.execute("GRANT SELECT ON score_hourly TO reader_of_tests WITH GRANT OPTION")
+            connection.execute("GRANT SELECT ON score_daily TO PUBLIC")
+            for _ in range(2):
+                migrate(database_url)
+                assert keys_in_another_order(connection) == set()
+            acl = "SELECT relacl::text FROM pg_class WHERE relname = %s"
+            assert "reader_of_tests=r*/" in connection.execute(acl, ("score_hourly",)).fetchall()[0][0]
+            assert ",=r/" in connection.execute(acl, ("score_daily",)).fetchall()[0][0]
+        finally:
+            connection.execute("DROP OWNED BY reader_of_tests")
+            connection.execute("DROP ROLE reader_of_tests")
+        again = persist(store, [event(name, 1000 + i, score=i) for i, name in enumerate(names)], {0: 10})
+        assert again == Persisted(0, 0, 0), "the new indexes know what was there"
+        assert [name for name, _ in store.scores_after("main", "", 100)] == sorted(names)
+        assert connection.execute("SELECT count(*), sum(events) FROM score_daily").fetchone() == (10, 10)
+    store.close()
+
+
+def test_keys_change_while_others_write(database_url: str) -> None:
+    migrate_as_before(database_url)
+    failures: list[Exception] = []
+    written = threading.Semaphore(0)
+    changed = threading.Event()
+
+    def write(number: int) -> None:
+        store, ms = Store(database_url), 1000
+        try:
+            while not changed.is_set():
+                persist(store, [event(f"player{i}", ms) for i in range(20)], {number: ms})
+                written.release()
+                ms += 1
+        except psycopg.Error as error:
+            failures.append(error)
+            written.release()
+        finally:
+            store.close()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(10):
+            written.acquire()
+        migrate(database_url)
+    finally:
+        changed.set()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    with psycopg.connect(database_url) as connection:
+        assert keys_in_another_order(connection) == set()
+
+
+def test_views_of_others_keep_the_old_order_and_are_told(
+    database_url: str, database: psycopg.Connection[Any], store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    database.execute('ALTER TABLE scores ALTER player_id TYPE text COLLATE "default"')
+    database.execute("CREATE VIEW mine AS SELECT max(score), player_id FROM scores GROUP BY player_id")
+    migrate(database_url)
+    assert keys_in_another_order(database) == {("scores", "player_id")}
+    assert "the keys of scores keep the order of the database: cannot alter type" in caplog.text
+    persist(store, [event(name, 1000, score=7) for name in ("a", "B", "é")])
+    assert len(scores(database)) == 3
+    database.execute("DROP VIEW mine")
+    migrate(database_url)
+    assert keys_in_another_order(database) == set()
+
+
+def test_table_that_somebody_reads_for_long_is_not_waited_for(
+    database_url: str, database: psycopg.Connection[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    database.execute('ALTER TABLE scores ALTER player_id TYPE text COLLATE "default"')
+    with psycopg.connect(database_url) as reader:
+        reader.execute("SELECT count(*) FROM scores")
+        migrate(f"{database_url}?options=-c%20lock_timeout%3D50ms")
+    assert "the keys of scores keep the order of the database: canceling statement due to lock timeout" in caplog.text
+    migrate(database_url)
+    assert keys_in_another_order(database) == set()
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1", "WIN1252"])
+def test_database_that_cannot_hold_every_name_is_refused(postgres_server: PostgresServer, encoding: str) -> None:
+    with database_of(postgres_server, encoding) as url:
+        with pytest.raises(WrongEncoding, match=f"expected the encoding UTF8, which holds every name, got {encoding}"):
+            migrate(url)
+        with psycopg.connect(url) as connection:
+            assert connection.execute("SELECT count(*) FROM pg_class WHERE relname = 'scores'").fetchone() == (0,)
 
 
 def test_events_scores_and_offsets_are_written_together(database: psycopg.Connection[Any], store: Store) -> None:

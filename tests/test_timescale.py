@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from sync.store import Store, migrate
+from tests.databases import migrate_as_before
 from tests.sync_parts import event
 
 pytestmark = pytest.mark.timescale
@@ -62,6 +63,22 @@ def test_plain_database_is_upgraded_in_place(timescale_url: str, database: psyco
     fill(timescale_url, [1, 2, 40, 0])
     with psycopg.connect(timescale_url, autocommit=True) as later:
         assert later.execute("SELECT count(*) FROM consumer_offsets WHERE next_offset = 4").fetchone() == (1,)
+
+
+def test_chunks_that_are_there_get_the_new_order(timescale_url: str, database: psycopg.Connection[Any]) -> None:
+    migrate_as_before(timescale_url)
+    fill(timescale_url, [1, 2, 3])
+    migrate(timescale_url)
+    query = """
+        SELECT count(*) FILTER (WHERE attcollation = '"C"'::regcollation), count(*)
+        FROM timescaledb_information.chunks
+        JOIN pg_attribute ON attrelid = format('%I.%I', chunk_schema, chunk_name)::regclass
+        WHERE hypertable_name = 'score_events' AND attname IN ('board', 'player_id')
+    """
+    with psycopg.connect(timescale_url) as later:
+        assert later.execute(query).fetchone() == (6, 6)
+    fill(timescale_url, [1, 2, 3, 4])
+    assert chunks(database) == 4
 
 
 def test_old_history_goes_by_the_chunk(timescale_url: str, database: psycopg.Connection[Any]) -> None:

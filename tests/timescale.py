@@ -69,7 +69,8 @@ class TimescaleServer(Service):
         _, _, uid, gid, *_ = next(line for line in passwd if line.startswith("postgres:")).split(":")
         os.chown(data, int(uid), int(gid))
         initdb = [f"{_BIN}/initdb", "-D", self._inside, "--username=postgres", "--auth=trust", "--encoding=UTF8"]
-        argv = [*self._as_postgres(), *initdb, "--no-locale", "--no-sync"]
+        # Debian's build has ICU, and the chroot no locale of libc: any but C will do.
+        argv = [*self._as_postgres(), *initdb, "--locale-provider=icu", "--icu-locale=en-US", "--no-sync"]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise ServiceError(f"initdb failed in the chroot:\n{(done.stdout + done.stderr)[-2000:]}")
