@@ -28,7 +28,7 @@ from server.fences import Fences
 from server.instruments import RedisFigures
 from server.kafka_tail import KafkaTail, Record
 from server.keys import Keys
-from server.rebuild_lock import Command, RebuildLock
+from server.rebuild_lock import Command, RebuildLock, RebuildLocks
 from server.redis_connection import RedisConnection
 from server.replay import (
     Fold,
@@ -74,39 +74,57 @@ class Verifier:
         self._database = database
         self._open_tail = open_tail or (lambda: KafkaTail(settings))
         self._figures = figures or RedisFigures()
+        self._locks = RebuildLocks(keys)
         self._epoch = 0
+        """The latest one that we have seen, or taken: a fence of it may be in Kafka."""
 
     async def verify(self, connection: RedisConnection, on_wait: Callable[[str], None]) -> str:
         """The epoch that batches over this connection carry, once Redis can be trusted.
 
         `on_wait` is told why, before what may take a while. Raises NotReady when Redis cannot be trusted for now,
-        ConnectionError when it is gone.
+        ConnectionError or TimeoutError when it is gone.
         """
         run_id = await _check_process(connection, in_cluster=bool(self._settings.redis_cluster))
         while not await self._is_verified(connection, run_id):
-            lock = await RebuildLock.take(connection, self._keys.rebuild_lock)
+            lock = await self._locks.take(connection)
             if lock is None:
                 on_wait("Redis is being verified or rebuilt by another server")
                 await asyncio.sleep(LOCK_POLL_S)
                 continue
-            async with lock.kept():
-                # Somebody else may have been done with it between our look and the lock.
-                if not await self._is_verified(connection, run_id):
-                    sources = f"Kafka at {self._settings.kafka_brokers} and the database"
-                    on_wait(f"Redis is being compared with {sources}, and mended from them")
-                    self._figures.mending += 1
-                    try:
-                        await self._mend(connection, lock, run_id)
-                    finally:
-                        self._figures.mending -= 1
+            await lock.hold_during(self._take_turn(connection, lock, run_id, on_wait))
         return str(self._epoch)
+
+    async def _take_turn(
+        self, connection: RedisConnection, lock: RebuildLock, run_id: bytes, on_wait: Callable[[str], None]
+    ) -> None:
+        # Somebody else may have been done with it between our look and the lock.
+        if await self._is_verified(connection, run_id):
+            return
+        sources = f"Kafka at {self._settings.kafka_brokers} and the database"
+        on_wait(f"Redis is being compared with {sources}, and mended from them")
+        self._figures.mending += 1
+        try:
+            await self._mend(connection, lock, run_id)
+        finally:
+            self._figures.mending -= 1
 
     async def _is_verified(self, connection: RedisConnection, run_id: bytes) -> bool:
         epoch, verified = await self._marker(connection)
-        # A marker older than one we have seen is that of a Redis which missed what came after.
+        # A marker older than one we have seen is that of a Redis which missed what came after. One older than our own
+        # fence is that of a server which mended another Redis meanwhile: what it accepts would count for nobody.
         if epoch == 0 or verified != run_id or epoch < self._epoch:
             return False
         self._epoch = epoch
+        return await self._has_outbox(connection)
+
+    async def _has_outbox(self, connection: RedisConnection) -> bool:
+        """Whether the outbox is one, or none yet: the marker says nothing of what has been put there since."""
+        try:
+            await connection.execute("XLEN", self._keys.outbox)
+        except hiredis.ReplyError as error:
+            if not _of_wrong_type(error):
+                raise
+            return False
         return True
 
     async def _marker(self, connection: RedisConnection) -> tuple[int, bytes]:
@@ -123,8 +141,10 @@ class Verifier:
         """Replay or rebuild, whichever is needed, and set the marker."""
         ready, started_s = self._keys.ready, time.monotonic()
         epoch, _ = await self._marker(connection)
-        next_epoch = max(epoch + 1, self._epoch + 1, time.time_ns() // 1_000_000)
-        mending = _Mending(self._settings, self._keys, self._database, self._open_tail, connection, lock, next_epoch)
+        next_epoch, now_ms = await lock.take_epoch(self._epoch)
+        self._epoch = next_epoch
+        sources = self._settings, self._keys, self._database, self._open_tail
+        mending = _Mending(*sources, connection, lock, next_epoch, now_ms)
         last_id = await mending.last_id()
         if epoch and last_id:
             # From here on batches of the old epoch are refused: they would count from what may be an old state.
@@ -187,7 +207,9 @@ class _Mending:
         connection: RedisConnection,
         lock: RebuildLock,
         epoch: int,
+        now_ms: int,
     ) -> None:
+        """`now_ms` is Redis' time, by which events are dated."""
         self.highest_fence = 0
         """The latest epoch of any fence that was met."""
         self._settings = settings
@@ -197,6 +219,7 @@ class _Mending:
         self._connection = connection
         self._lock = lock
         self._epoch = epoch
+        self._now_ms = now_ms
         self._fold = Fold()
 
     async def replay(self, last_id: str) -> int:
@@ -211,7 +234,7 @@ class _Mending:
                 if may_begin_too_late(log, starts):
                     # As after a Redis restored from an old copy: the log has only the end of what it missed.
                     await self._add_later_scores(last)
-                ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
+                ends = await self._fence(tail)
                 async for records in self._records(tail, starts, ends, Fences()):
                     missing = [record for record in records if record.event.version > last]
                     for record in missing:
@@ -310,8 +333,8 @@ class _Mending:
         self, tail: KafkaTail, log: Log, starts: dict[int, int], stored: dict[int, StoredOffset]
     ) -> None:
         """Take the events from `starts` on, and what is to be remembered of those before."""
-        since_ms = time.time_ns() // 1_000_000 - 1000 * self._settings.idempotency_restore_s
-        ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
+        since_ms = self._now_ms - 1000 * self._settings.idempotency_restore_s
+        ends = await self._fence(tail)
         recent = await asyncio.to_thread(tail.first_since, since_ms)
         earlier = {number: min(start, recent[number]) for number, start in starts.items()}
         async for records in self._records(tail, earlier, starts, Fences()):
@@ -321,6 +344,12 @@ class _Mending:
             for record in records:
                 self._fold.add(record.event)
             await self._remember((record.event, record.memory) for record in records if record.event.at >= since_ms)
+
+    async def _fence(self, tail: KafkaTail) -> dict[int, int]:
+        """By partition where the log ends, behind a fence of ours."""
+        # A fence cannot be taken back, so whoever was paused up to here looks once more whether it is still its turn.
+        await self._lock.look()
+        return await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
 
     async def _records(
         self, tail: KafkaTail, starts: dict[int, int], ends: dict[int, int], fences: Fences
@@ -364,10 +393,10 @@ class _Mending:
 
     async def _remember(self, remembered: Remembered) -> None:
         """Keep the answers to requests with an Idempotency-Key, for what is left of their time."""
-        now_ms, ttl_ms = time.time_ns() // 1_000_000, 1000 * self._settings.idempotency_ttl_s
+        ttl_ms = 1000 * self._settings.idempotency_ttl_s
         commands: list[Command] = []
         for event, memory in remembered:
-            if memory is not None and event.at + ttl_ms > now_ms:
+            if memory is not None and event.at + ttl_ms > self._now_ms:
                 name, answer = kept_answer(memory, event.new_score)
                 commands.append(("SET", self._keys.answer + name, answer, "PXAT", str(event.at + ttl_ms)))
         if commands:

@@ -25,7 +25,7 @@ from server.fences import EPOCH_HEADER, TAG_HEADER
 from server.kafka_tail import KafkaTail
 from server.keys import Keys, tag_of
 from server.rebuild import Verifier
-from server.rebuild_lock import RebuildLock
+from server.rebuild_lock import RebuildLocks
 from server.redis_connection import open_connection
 from server.scores import Outcome
 from sync import store
@@ -548,15 +548,14 @@ class TestLock:
     def test_another_token_writes_nothing(self, settings: Settings, redis: redis_client.Redis) -> None:
         async def main() -> None:
             connection = await open_connection(settings, lambda lost: None)
-            lock = await RebuildLock.take(connection, KEYS.rebuild_lock)
+            lock = await RebuildLocks(KEYS).take(connection)
             assert lock is not None
-            assert await RebuildLock.take(connection, KEYS.rebuild_lock) is None
+            assert await RebuildLocks(KEYS).take(connection) is None
             await lock.write([("SET", "a", "1"), ("SET", "b", "2")])
             redis.set(KEYS.rebuild_lock, "another's token", px=5000)
             with pytest.raises(NotReady, match="another server goes on"):
                 await lock.write([("SET", "a", "3")])
-            async with lock.kept():
-                pass
+            await lock.hold_during(asyncio.sleep(0))
             assert redis.get(KEYS.rebuild_lock) == b"another's token"
             connection.close()
 
