@@ -27,6 +27,7 @@ from server.events import MEMORY_FIELD, OUTBOX_FIELD, BadEvent, ScoreEvent, even
 from server.fences import Fences
 from server.instruments import RedisFigures
 from server.kafka_tail import KafkaTail, Record
+from server.key_types import STREAM, is_wrong_type, wrong_types
 from server.keys import Keys
 from server.rebuild_lock import Command, RebuildLock, RebuildLocks
 from server.redis_connection import RedisConnection
@@ -115,24 +116,15 @@ class Verifier:
         if epoch == 0 or verified != run_id or epoch < self._epoch:
             return False
         self._epoch = epoch
-        return await self._has_outbox(connection)
-
-    async def _has_outbox(self, connection: RedisConnection) -> bool:
-        """Whether the outbox is one, or none yet: the marker says nothing of what has been put there since."""
-        try:
-            await connection.execute("XLEN", self._keys.outbox)
-        except hiredis.ReplyError as error:
-            if not _of_wrong_type(error):
-                raise
-            return False
-        return True
+        # It says nothing of what was put in the outbox' place since.
+        return not await wrong_types(connection, {self._keys.outbox: STREAM})
 
     async def _marker(self, connection: RedisConnection) -> tuple[int, bytes]:
         """Epoch and run_id; an epoch of 0 stands for no marker."""
         try:
             epoch, run_id = await connection.execute("HMGET", self._keys.ready, "epoch", "run_id")
         except hiredis.ReplyError as error:
-            if not _of_wrong_type(error):
+            if not is_wrong_type(error):
                 raise
             return 0, b""
         return int(epoch) if epoch and epoch.isdigit() else 0, run_id or b""
@@ -152,7 +144,7 @@ class Verifier:
             try:
                 players = await mending.replay(last_id)
             except hiredis.ReplyError as error:
-                if _of_wrong_type(error):
+                if is_wrong_type(error):
                     await lock.write([("DEL", ready)])  # it is more than late: the next try rebuilds
                 raise
         else:
@@ -189,10 +181,6 @@ async def _check_process(connection: RedisConnection, *, in_cluster: bool) -> by
     if fields.get(b"role") == b"slave":
         raise NotReady("this Redis is a replica: expected its primary")
     return fields[b"run_id"]
-
-
-def _of_wrong_type(error: hiredis.ReplyError) -> bool:
-    return str(error).startswith("WRONGTYPE")
 
 
 class _Mending:
@@ -277,7 +265,7 @@ class _Mending:
         try:
             state = await self._connection.execute("XINFO", "STREAM", self._keys.outbox)
         except hiredis.ReplyError as error:
-            if _of_wrong_type(error) or "no such key" in str(error):
+            if is_wrong_type(error) or "no such key" in str(error):
                 return None
             raise
         last: bytes = state[state.index(b"last-generated-id") + 1]
@@ -305,7 +293,7 @@ class _Mending:
         try:
             page = await self._connection.execute("XRANGE", self._keys.outbox, begin, "+", "COUNT", OUTBOX_ENTRIES)
         except hiredis.ReplyError as error:
-            if not _of_wrong_type(error):
+            if not is_wrong_type(error):
                 raise
             return []
         return list(page)

@@ -21,7 +21,7 @@ CONNECT_TIMEOUT_S: Final = 1.0
 """For the handshake; a Redis that is stopped still accepts connections, but never answers."""
 
 REPLY_TIMEOUT_S: Final = 2.5
-"""For the reply to one command of `execute`: a Redis that is stopped, or whose host is gone, leaves connections open."""
+"""For the reply to one command of `execute`: a Redis that is stopped, or whose host is gone, closes none."""
 
 OnReply = Callable[[Any], None]
 """Takes what Redis said: bytes, int, list or None, a hiredis.ReplyError, or ConnectionError when it never came."""
