@@ -137,15 +137,13 @@ class Bench:
         self.proxy = proxy
         self.redis = redis
 
-    def submit(
-        self, player: str, delta: int, board: str = "main", *, waited_s: float = 0, key: IdempotencyKey | None = None
-    ) -> Request:
-        request = Request(time.monotonic() - waited_s)
+    def submit(self, player: str, delta: int, board: str = "main", *, key: IdempotencyKey | None = None) -> Request:
+        request = Request()
         self.scores.submit(board, player, delta, player, 1, request, key)
         return request
 
-    def page(self, limit: int = 10, *, waited_s: float = 0) -> Request:
-        request = Request(time.monotonic() - waited_s)
+    def page(self, limit: int = 10) -> Request:
+        request = Request()
         self.scores.read_page("main", limit, request)
         return request
 
@@ -371,7 +369,10 @@ def test_batch_that_waited_elsewhere_says_nothing_about_its_connection(play: Cal
     async def scenario(bench: Bench) -> None:
         await bench.ready()
         bench.proxy.hold()
-        problem = await bench.submit("ann", 5, waited_s=20).answer
+        request = bench.submit("ann", 5)
+        await bench.until(lambda: b"EVALSHA" in bench.proxy.requests)
+        request.received_s -= 20
+        problem = await request.answer
         assert (problem.status, problem.kind) == (503, "outcome-unknown")
         assert bench.scores.epoch is not None
         bench.proxy.release()
@@ -385,7 +386,10 @@ def test_page_that_waited_elsewhere_says_nothing_about_its_connection(play: Call
     async def scenario(bench: Bench) -> None:
         await bench.ready()
         bench.proxy.hold()
-        assert await bench.page(waited_s=10).answer is None
+        page = bench.page()
+        await bench.until(lambda: b"ZREVRANGE" in bench.proxy.requests)
+        page.received_s -= 10
+        assert await page.answer is None
         assert bench.scores.epoch is not None
         bench.redis.set("player:ann:score", 5)
         bench.redis.zadd("leaderboard", {"ann": 5})
