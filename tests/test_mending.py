@@ -80,6 +80,10 @@ class MemoryLog:
     def __init__(self) -> None:
         self.records: list[tuple[list[tuple[str, bytes]], ScoreEvent | None]] = []
 
+    @property
+    def fences(self) -> int:
+        return sum(event is None for _, event in self.records)
+
     def counting(self, records: slice = slice(None), fences: Fences | None = None) -> Iterator[tuple[int, ScoreEvent]]:
         fences = fences if fences is not None else Fences()
         for offset, (headers, event) in list(enumerate(self.records))[records]:
@@ -221,21 +225,26 @@ class Server:
         return task
 
 
-def new_world(redis: redis_client.Redis, settings: Settings, *, emptied: bool) -> World:
+def new_world(redis: redis_client.Redis, settings: Settings, *, emptied: bool, epoch: int = 5) -> World:
     """A Redis whose process is another one since the marker was set, or one that was emptied as well."""
     redis.flushall()
     world = World(redis, settings)
-    redis.hset(KEYS.ready, mapping={"epoch": 5, "run_id": "that of the process before"})
+    redis.hset(KEYS.ready, mapping={"epoch": epoch, "run_id": "that of the process before"})
     for _ in range(2):
-        world.accept(5)
+        world.accept(epoch)
         world.relay()
     if emptied:
         redis.flushall()
     return world
 
 
-async def meet(world: World, first_at: int, second_at: int | None, ahead_ms: tuple[int, int]) -> tuple[int, int]:
-    """Pause one server, let the other go on, perhaps up to a pause too, then the first; how many steps each did."""
+async def meet(
+    world: World, first_at: int, second_at: int | None, ahead_ms: tuple[int, int], *, replaced: bool = False
+) -> int:
+    """Pause one server, let the other go on, perhaps up to a pause too, then the first; how many steps that did.
+
+    Redis may be `replaced` by an empty one, which knows of no epoch, while the first is paused.
+    """
     first, second = Server(world, first_at, ahead_ms[0]), Server(world, second_at, ahead_ms[1])
 
     def serve(server: Server) -> None:
@@ -244,6 +253,8 @@ async def meet(world: World, first_at: int, second_at: int | None, ahead_ms: tup
 
     one = await first.until_paused()
     world.redis.delete(KEYS.rebuild_lock)  # as its expiry does
+    if replaced:
+        world.redis.flushall()
     other = await second.until_paused()
     serve(second)
     if second.pause.reached.is_set():
@@ -260,7 +271,7 @@ async def meet(world: World, first_at: int, second_at: int | None, ahead_ms: tup
         assert server.epoch == world.marker()[0]
         assert world.accept(server.epoch)
     world.relay()
-    return first.pause.steps, second.pause.steps
+    return first.pause.steps
 
 
 async def check_that_nothing_is_lost(world: World) -> None:
@@ -287,11 +298,31 @@ def test_server_paused_at_any_step_loses_nothing_that_another_accepts(
     async def main() -> None:
         for step in itertools.count(1):
             world = new_world(redis, settings, emptied=emptied)
-            steps, _ = await meet(world, step, None, ahead_ms)
+            steps = await meet(world, step, None, ahead_ms)
             await check_that_nothing_is_lost(world)
             if step > steps:
                 assert steps > 15, "expected all the steps of mending"
                 return
+
+    asyncio.run(main())
+
+
+def test_server_that_finds_its_fence_above_the_marker_mends_again(
+    redis: redis_client.Redis, settings: Settings
+) -> None:
+    """As where the clock of the Redis before was ahead: no epoch of the new one is above the fence by itself."""
+    ahead = 2 * time.time_ns() // 1_000_000
+
+    async def main() -> None:
+        mended_again = 0
+        for step in itertools.count(1):
+            world = new_world(redis, settings, emptied=False, epoch=ahead)
+            steps = await meet(world, step, None, (0, 0), replaced=True)
+            await check_that_nothing_is_lost(world)
+            mended_again += world.log.fences == 4  # with those of the other server and of the last check
+            if step > steps:
+                break
+        assert mended_again
 
     asyncio.run(main())
 
