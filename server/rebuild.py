@@ -45,6 +45,9 @@ from server.replay import (
 from server.slots import check_mode
 
 LOCK_POLL_S: Final = 0.1
+MOST_EPOCH_DIGITS: Final = 18
+"""What is longer is no epoch of ours: the database keeps them as bigint."""
+
 CHUNK_PLAYERS: Final = 2000
 """Written at once: a few ms of Redis, and half of what a script can unpack."""
 
@@ -75,7 +78,7 @@ class Verifier:
         self._database = database
         self._open_tail = open_tail or (lambda: KafkaTail(settings))
         self._figures = figures or RedisFigures()
-        self._locks = RebuildLocks(keys)
+        self._locks = RebuildLocks(keys.rebuild_lock)
         self._epoch = 0
         """The latest one that we have seen, or taken: a fence of it may be in Kafka."""
 
@@ -127,13 +130,33 @@ class Verifier:
             if not is_wrong_type(error):
                 raise
             return 0, b""
-        return int(epoch) if epoch and epoch.isdigit() else 0, run_id or b""
+        return _epoch_of(epoch), run_id or b""
+
+    async def _take_epoch(self, connection: RedisConnection, lock: RebuildLock) -> tuple[int, int]:
+        """A new epoch, later than each that was ever taken, and Redis' Unix time in ms.
+
+        It is recorded before it is used: a server that is paused before its fence is in Kafka has a lower one than all
+        that come after it. It is the time by one clock, so that it rises too where Redis has forgotten the record.
+        """
+        seconds, us = await connection.execute("TIME")
+        now_ms = int(seconds) * 1000 + int(us) // 1000
+        verified, _ = await self._marker(connection)
+        try:
+            taken = _epoch_of(await connection.execute("GET", self._keys.epoch_taken))
+        except hiredis.ReplyError as error:
+            if not is_wrong_type(error):
+                raise
+            taken = 0
+        epoch = max(now_ms, verified + 1, taken + 1, self._epoch + 1)
+        # Only the holder of the lock gets here, so it is lost if another one has taken an epoch since we looked.
+        await lock.write([("SET", self._keys.epoch_taken, str(epoch))])
+        return epoch, now_ms
 
     async def _mend(self, connection: RedisConnection, lock: RebuildLock, run_id: bytes) -> None:
         """Replay or rebuild, whichever is needed, and set the marker."""
         ready, started_s = self._keys.ready, time.monotonic()
         epoch, _ = await self._marker(connection)
-        next_epoch, now_ms = await lock.take_epoch(self._epoch)
+        next_epoch, now_ms = await self._take_epoch(connection, lock)
         self._epoch = next_epoch
         sources = self._settings, self._keys, self._database, self._open_tail
         mending = _Mending(*sources, connection, lock, next_epoch, now_ms)
@@ -152,7 +175,7 @@ class Verifier:
             players = await mending.rebuild()
         if mending.highest_fence > next_epoch:
             # Kafka knows of a later epoch, so events of this one would count for nobody.
-            self._epoch = mending.highest_fence
+            self._epoch = max(self._epoch, mending.highest_fence)
             raise NotReady("another epoch of Redis was verified before, by a clock that is ahead: beginning again")
         await mending.continue_after(last_id)
         await lock.write([("HSET", ready, "epoch", str(next_epoch), "run_id", run_id)])
@@ -163,6 +186,10 @@ class Verifier:
             what = "rebuilt Redis"
             self._figures.rebuilds += 1
         _log.info("%s: %d players in %.1f s", what, players, time.monotonic() - started_s)
+
+
+def _epoch_of(raw: bytes | None) -> int:
+    return int(raw) if raw and raw.isdigit() and len(raw) <= MOST_EPOCH_DIGITS else 0
 
 
 async def _check_process(connection: RedisConnection, *, in_cluster: bool) -> bytes:

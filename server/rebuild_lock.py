@@ -19,7 +19,6 @@ from typing import Any, Final
 import hiredis
 
 from server.errors import NotReady
-from server.keys import Keys
 from server.redis_connection import RedisConnection
 
 LOCK_MS: Final = 3_000
@@ -34,7 +33,6 @@ RELEASE_TIMEOUT_S: Final = 0.5
 Command = Sequence[str | bytes]
 
 _TAKE: Final = Path(__file__).with_name("take_lock.lua").read_text()
-_TAKE_EPOCH: Final = Path(__file__).with_name("take_epoch.lua").read_text()
 _FENCED: Final = Path(__file__).with_name("fenced.lua").read_text()
 _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
@@ -42,24 +40,24 @@ _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.ca
 class RebuildLocks:
     """The lock of one deployment as one server takes it, attempt after attempt."""
 
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+    def __init__(self, key: str) -> None:
+        self._key = key
         self._server = secrets.token_hex(8)
         self._attempts = itertools.count(1)
 
     async def take(self, connection: RedisConnection) -> RebuildLock | None:
         """The lock, or None while it is another server's."""
         attempt = next(self._attempts)
-        token = await connection.execute("EVAL", _TAKE, 1, self._keys.rebuild_lock, self._server, attempt, LOCK_MS)
-        return RebuildLock(connection, self._keys, token) if token else None
+        token = await connection.execute("EVAL", _TAKE, 1, self._key, self._server, attempt, LOCK_MS)
+        return RebuildLock(connection, self._key, token) if token else None
 
 
 class RebuildLock:
     """A lock that was taken. Every method raises NotReady when it was lost, ConnectionError and TimeoutError."""
 
-    def __init__(self, connection: RedisConnection, keys: Keys, token: bytes) -> None:
+    def __init__(self, connection: RedisConnection, key: str, token: bytes) -> None:
         self._connection = connection
-        self._keys = keys
+        self._key = key
         self._token = token
 
     async def hold_during(self, work: Coroutine[Any, Any, None]) -> None:
@@ -79,17 +77,7 @@ class RebuildLock:
             await asyncio.wait((working, beating), timeout=END_TIMEOUT_S)
             with suppress(ConnectionError, TimeoutError, hiredis.HiredisError):
                 async with asyncio.timeout(RELEASE_TIMEOUT_S):
-                    await self._connection.execute("EVAL", _RELEASE, 1, self._keys.rebuild_lock, self._token)
-
-    async def take_epoch(self, above: int) -> tuple[int, int]:
-        """A new epoch, later than `above` and than each that was ever taken, and Redis' Unix time in ms."""
-        keys = self._keys
-        places = keys.rebuild_lock, keys.ready, keys.epoch_taken
-        taken = await self._connection.execute("EVAL", _TAKE_EPOCH, 3, *places, self._token, LOCK_MS, above)
-        if not taken:
-            raise _lost()
-        epoch, now_ms = taken
-        return epoch, now_ms
+                    await self._connection.execute("EVAL", _RELEASE, 1, self._key, self._token)
 
     async def look(self) -> None:
         """Make sure that the lock is still ours, at this moment."""
@@ -101,9 +89,8 @@ class RebuildLock:
         for command in commands:
             flat.append(len(command))
             flat += command
-        key = self._keys.rebuild_lock
-        if not await self._connection.execute("EVAL", _FENCED, 1, key, self._token, LOCK_MS, *flat):
-            raise _lost()
+        if not await self._connection.execute("EVAL", _FENCED, 1, self._key, self._token, LOCK_MS, *flat):
+            raise NotReady("the lock on rebuilding Redis was lost: another server goes on")
 
     async def _beat(self) -> None:
         while True:
@@ -115,7 +102,3 @@ def _retrieve_exception(task: asyncio.Task[None]) -> None:
     """Of two tasks that fail, the first is raised: nobody need hear of the second."""
     if not task.cancelled():
         task.exception()
-
-
-def _lost() -> NotReady:
-    return NotReady("the lock on rebuilding Redis was lost: another server goes on")

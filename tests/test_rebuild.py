@@ -603,7 +603,7 @@ class TestLock:
     ) -> None:
         async def main() -> None:
             connection = await open_connection(settings, lambda lost: None)
-            locks = RebuildLocks(KEYS)
+            locks = RebuildLocks(KEYS.rebuild_lock)
             earlier = await locks.take(connection)
             held = redis.get(KEYS.rebuild_lock)
             later = await locks.take(connection)
@@ -611,8 +611,6 @@ class TestLock:
             assert later is not None
             with pytest.raises(NotReady, match="another server goes on"):
                 await earlier.write([("SET", "a", "1")])
-            with pytest.raises(NotReady, match="another server goes on"):
-                await earlier.take_epoch(0)
             await later.write([("SET", "a", "2")])
             # A command of the earlier attempt that Redis gets only now.
             assert isinstance(held, bytes)
@@ -666,35 +664,36 @@ class TestLock:
     def test_epoch_rises_above_each_that_was_taken_whatever_has_become_of_it(
         self, settings: Settings, redis: redis_client.Redis
     ) -> None:
-        async def taken(above: int = 0) -> tuple[int, int]:
-            connection = await open_connection(settings, lambda lost: None)
-            lock = await RebuildLocks(KEYS).take(connection)
-            assert lock is not None
-            try:
-                return await lock.take_epoch(above)
-            finally:
-                await lock.hold_during(asyncio.sleep(0))
-                connection.close()
+        seconds, _ = cast(Any, redis.time())
+        assert verify(settings) == pytest.approx(1000 * seconds, abs=60_000)
+        redis.set(KEYS.epoch_taken, 2 * NOW_MS)
+        redis.hset(KEYS.ready, "run_id", "another")
+        assert verify(settings) == 2 * NOW_MS + 1
+        assert redis.get(KEYS.epoch_taken) == str(2 * NOW_MS + 1).encode()
+        redis.hset(KEYS.ready, mapping={"epoch": 3 * NOW_MS, "run_id": "another"})
+        assert verify(settings) == 3 * NOW_MS + 1
 
-        first, now_ms = asyncio.run(taken())
-        assert first == now_ms == pytest.approx(NOW_MS, abs=3_600_000)
-        assert asyncio.run(taken(2 * NOW_MS))[0] == 2 * NOW_MS + 1
-        assert asyncio.run(taken())[0] == 2 * NOW_MS + 2, "it was recorded"
-        redis.hset(KEYS.ready, "epoch", 3 * NOW_MS)
-        assert asyncio.run(taken())[0] == 3 * NOW_MS + 1
-        for key in (KEYS.ready, KEYS.epoch_taken):
-            redis.delete(key)
-            redis.sadd(key, "x")
-        assert asyncio.run(taken())[0] == pytest.approx(NOW_MS, abs=3_600_000)
-        redis.set(KEYS.epoch_taken, "9" * 5000)
-        assert asyncio.run(taken())[0] == pytest.approx(NOW_MS, abs=3_600_000)
+    @pytest.mark.parametrize(
+        "put",
+        [
+            lambda redis: redis.sadd(KEYS.epoch_taken, "x"),
+            lambda redis: redis.set(KEYS.epoch_taken, "9" * 5000),
+            lambda redis: redis.hset(KEYS.ready, mapping={"epoch": "9" * 5000, "run_id": redis.info()["run_id"]}),
+        ],
+        ids=["type", "taken", "marker"],
+    )
+    def test_epoch_that_is_none_counts_for_none(
+        self, settings: Settings, redis: redis_client.Redis, put: Callable[[redis_client.Redis], Any]
+    ) -> None:
+        put(redis)
+        assert verify(settings) == pytest.approx(NOW_MS, abs=3_600_000)
 
     def test_another_token_writes_nothing(self, settings: Settings, redis: redis_client.Redis) -> None:
         async def main() -> None:
             connection = await open_connection(settings, lambda lost: None)
-            lock = await RebuildLocks(KEYS).take(connection)
+            lock = await RebuildLocks(KEYS.rebuild_lock).take(connection)
             assert lock is not None
-            assert await RebuildLocks(KEYS).take(connection) is None
+            assert await RebuildLocks(KEYS.rebuild_lock).take(connection) is None
             await lock.write([("SET", "a", "1"), ("SET", "b", "2")])
             redis.set(KEYS.rebuild_lock, "another's token", px=5000)
             with pytest.raises(NotReady, match="another server goes on"):

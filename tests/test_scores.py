@@ -550,8 +550,8 @@ class TestFillingFromTheDatabase:
     @pytest.mark.parametrize(
         "step",
         [
-            "INFO", "SCRIPT", "HMGET", "Takes the lock", "Takes an epoch", "XINFO", "XRANGE", "SCAN", "UNLINK", "ZADD",
-            "XGROUP", "run_id", "return redis.call('DEL'",
+            "INFO", "SCRIPT", "HMGET", "Takes the lock", "TIME", "epoch-taken", "XINFO", "XRANGE", "SCAN", "UNLINK",
+            "ZADD", "XGROUP", "run_id", "return redis.call('DEL'",
         ],
     )  # fmt: skip
     def test_step_of_verifying_that_gets_no_answer_costs_its_deadline(
