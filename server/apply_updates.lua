@@ -29,9 +29,9 @@ if call('HGET', ready, 'epoch') ~= epoch then
     return cmsgpack.pack({STATE_COLD})
 end
 local last = call('GET', session)                            -- '<number> <reply>' of the last batch
-if last then
-    local space = string.find(last, ' ', 1, true)
-    local last_number = tonumber(string.sub(last, 1, space - 1))
+local space = last and string.find(last, ' ', 1, true)
+local last_number = space and tonumber(string.sub(last, 1, space - 1))
+if last_number then
     if number == last_number then return string.sub(last, space + 1) end
     if number < last_number then return cmsgpack.pack({STATE_STALE}) end
 end
@@ -51,7 +51,7 @@ if limit_key then
     local current, absent, n = call('HMGET', limit_key .. span, unpack(subjects)), {}, 0
     for i = 1, #subjects do
         if current[i] then
-            arrivals[subjects[i]] = tonumber(current[i])
+            arrivals[subjects[i]] = tonumber(current[i]) or 0
         else
             n = n + 1
             absent[n] = subjects[i]
@@ -75,7 +75,11 @@ if answer_key then
         end
     end
     local answers = call('MGET', unpack(answer_keys))
-    for j = 1, n do kept[names[owners[j]]] = answers[j] end
+    for j = 1, n do
+        local answer = answers[j]
+        -- What is no answer of ours is none.
+        if answer and tonumber(string.sub(answer, FINGERPRINT + 1)) then kept[names[owners[j]]] = answer end
+    end
     -- How many answers a subject has kept: those of this span, and of the last one what has not expired if it
     -- made them evenly.
     local now_s = tonumber(call('TIME')[1])
@@ -87,6 +91,12 @@ if answer_key then
     for i = 1, #counted do
         counts[counted[i]] = {tonumber(current[i]) or 0, (tonumber(previous[i]) or 0) * left}
     end
+end
+
+-- Nil for what is no score of ours: it must not come into an event, which would be none then.
+local function score_of(text)
+    local score = text and tonumber(text)
+    if score and score % 1 == 0 and score >= -MAX_SCORE and score <= MAX_SCORE then return score end
 end
 
 -- Decide.
@@ -124,7 +134,7 @@ for i = 1, #players do
         end
     end
     if not outcome then
-        local score = scores[player] or tonumber(stored[i])
+        local score = scores[player] or score_of(stored[i])
         -- Key and member must both be there, or neither: else one was evicted, deleted, or is not ours.
         if not stored[i] and not members[i] then score = score or 0
         elseif not score or not members[i] then outcome, value = DAMAGED, 0 end

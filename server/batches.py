@@ -14,6 +14,7 @@ import msgspec
 
 from server.config import Settings
 from server.events import FINGERPRINT_LENGTH
+from server.key_types import HASH, STRING, Kind
 from server.keys import BoardKeys, Keys
 
 APPLIED: Final = 0
@@ -144,6 +145,16 @@ class Script:
                 self._keyed(updates) if any(updates.keys) else (),
             )
         )
+
+    def remembered(self, lane: Lane, now_s: int) -> dict[str, Kind]:
+        """What a batch of the lane reads now beside boards, outbox and marker: by key, what it should be.
+
+        None of it is made anew by a rebuild, and without it nothing is lost but what it remembers.
+        """
+        keys, limits, counts = self._keys, now_s * 1_000_000 // self._span_us, now_s // self._ttl_s
+        spans = [f"{keys.ratelimit}{limits - ago}" for ago in (0, 1)]
+        spans += [f"{keys.answer_count}{counts - ago}" for ago in (0, 1)]
+        return {lane.session: STRING} | dict.fromkeys(spans, HASH)
 
     def _limits(self, updates: Updates) -> tuple[Any, ...]:
         return self._keys.ratelimit, self._span_us, self._rules, updates.subjects, updates.which

@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
 
 class KafkaTail:
-    """One reading of the topic of events, not to be used by two threads at once except for `close`.
+    """One reading of the topic of events; a second thread waits, and what it asks for after `close` is refused.
 
     Every method raises NotReady when the brokers do not answer, or not with what they should have.
     """
@@ -140,7 +140,7 @@ class KafkaTail:
     def read(self) -> list[Record]:
         """The next events that count, of each partition in order; none once the end was reached."""
         deadline_s = time.monotonic() + STALLED_S
-        with self._busy, self._saying():
+        with self._saying():
             while self._unread and not self._closed:
                 # consume() waits until it has as many as it was asked for: so first one, then whatever is there.
                 arrived = self._consumer.consume(1, _POLL_S)
@@ -153,8 +153,8 @@ class KafkaTail:
         return []
 
     def close(self) -> None:
-        """Give up the connections, as soon as a `read` in another thread has noticed."""
-        self._closed = True
+        """Give up the connections, as soon as another thread is done with them."""
+        self._closed = True  # without the lock, so that a `read` ends
         with self._busy:
             self._consumer.close()
 
@@ -192,10 +192,13 @@ class KafkaTail:
 
     @contextmanager
     def _saying(self) -> Iterator[None]:
-        self._refusal = None
-        try:
-            yield
-        except KafkaException as error:
-            self._consumer.poll(0)  # why the brokers refuse us waits there; a record may be lost, the reading is
-            reason = self._refusal or error.args[0]
-            raise NotReady(f"Kafka at {self._brokers}: {reason.str()}") from error
+        with self._busy:
+            if self._closed:
+                raise NotReady(f"reading {self._topic} was given up")  # closed, the library's client may crash us
+            self._refusal = None
+            try:
+                yield
+            except KafkaException as error:
+                self._consumer.poll(0)  # why the brokers refuse us waits there; a record may be lost, the reading is
+                reason = self._refusal or error.args[0]
+                raise NotReady(f"Kafka at {self._brokers}: {reason.str()}") from error

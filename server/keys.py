@@ -67,7 +67,7 @@ class Keys:
     """The keys that all boards of one deployment share, or those of one hash tag, and the way to each board's own."""
 
     __slots__ = (
-        "_boards", "answer", "answer_count", "of_boards", "outbox", "prefix", "ratelimit", "ready",
+        "_boards", "answer", "answer_count", "epoch_taken", "of_boards", "outbox", "prefix", "ratelimit", "ready",
         "rebuild_lock", "relay_lease", "tag",
     )  # fmt: skip
 
@@ -90,6 +90,8 @@ class Keys:
         self.of_boards = re.compile(
             rb"%s(board:[^:]+:)?(leaderboard|player:[^:]+:score)" % re.escape(prefix.encode())
         )  # fmt: skip
+        # The last epoch that anybody has begun to mend Redis with, whether or not the marker ever got it.
+        self.epoch_taken = f"{prefix}scoreboard:epoch-taken"
         self.rebuild_lock = f"{prefix}scoreboard:rebuild-lock"
         self.relay_lease = f"{prefix}scoreboard:relay-lease"
 

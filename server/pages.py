@@ -21,12 +21,13 @@ KEPT_PAGES: Final = 64
 class Page:
     """The readers of one (board, limit): those in flight, and those that wait for the next read."""
 
-    __slots__ = ("command", "in_flight", "json", "reply", "waiters")
+    __slots__ = ("command", "in_flight", "json", "reply", "sent_s", "waiters")
 
     def __init__(self, board: BoardKeys, limit: int) -> None:
         self.command = pack(("ZREVRANGE", board.leaderboard, 0, limit - 1, "WITHSCORES"))
         self.in_flight: list[Any] = []
         self.waiters: list[Any] = []
+        self.sent_s = 0.0
         self.reply: list[bytes] | None = None
         self.json = b"[]"
 

@@ -27,8 +27,9 @@ from server.events import MEMORY_FIELD, OUTBOX_FIELD, BadEvent, ScoreEvent, even
 from server.fences import Fences
 from server.instruments import RedisFigures
 from server.kafka_tail import KafkaTail, Record
+from server.key_types import STREAM, is_wrong_type, wrong_types
 from server.keys import Keys
-from server.rebuild_lock import Command, RebuildLock
+from server.rebuild_lock import Command, RebuildLock, RebuildLocks
 from server.redis_connection import RedisConnection
 from server.replay import (
     Fold,
@@ -44,6 +45,9 @@ from server.replay import (
 from server.slots import check_mode
 
 LOCK_POLL_S: Final = 0.1
+MOST_EPOCH_DIGITS: Final = 18
+"""What is longer is no epoch of ours: the database keeps them as bigint."""
+
 CHUNK_PLAYERS: Final = 2000
 """Written at once: a few ms of Redis, and half of what a script can unpack."""
 
@@ -74,57 +78,88 @@ class Verifier:
         self._database = database
         self._open_tail = open_tail or (lambda: KafkaTail(settings))
         self._figures = figures or RedisFigures()
+        self._locks = RebuildLocks(keys.rebuild_lock)
         self._epoch = 0
+        """The latest one that we have seen, or taken: a fence of it may be in Kafka."""
 
     async def verify(self, connection: RedisConnection, on_wait: Callable[[str], None]) -> str:
         """The epoch that batches over this connection carry, once Redis can be trusted.
 
         `on_wait` is told why, before what may take a while. Raises NotReady when Redis cannot be trusted for now,
-        ConnectionError when it is gone.
+        ConnectionError or TimeoutError when it is gone.
         """
         run_id = await _check_process(connection, in_cluster=bool(self._settings.redis_cluster))
         while not await self._is_verified(connection, run_id):
-            lock = await RebuildLock.take(connection, self._keys.rebuild_lock)
+            lock = await self._locks.take(connection)
             if lock is None:
                 on_wait("Redis is being verified or rebuilt by another server")
                 await asyncio.sleep(LOCK_POLL_S)
                 continue
-            async with lock.kept():
-                # Somebody else may have been done with it between our look and the lock.
-                if not await self._is_verified(connection, run_id):
-                    sources = f"Kafka at {self._settings.kafka_brokers} and the database"
-                    on_wait(f"Redis is being compared with {sources}, and mended from them")
-                    self._figures.mending += 1
-                    try:
-                        await self._mend(connection, lock, run_id)
-                    finally:
-                        self._figures.mending -= 1
+            await lock.hold_during(self._take_turn(connection, lock, run_id, on_wait))
         return str(self._epoch)
+
+    async def _take_turn(
+        self, connection: RedisConnection, lock: RebuildLock, run_id: bytes, on_wait: Callable[[str], None]
+    ) -> None:
+        # Somebody else may have been done with it between our look and the lock.
+        if await self._is_verified(connection, run_id):
+            return
+        sources = f"Kafka at {self._settings.kafka_brokers} and the database"
+        on_wait(f"Redis is being compared with {sources}, and mended from them")
+        self._figures.mending += 1
+        try:
+            await self._mend(connection, lock, run_id)
+        finally:
+            self._figures.mending -= 1
 
     async def _is_verified(self, connection: RedisConnection, run_id: bytes) -> bool:
         epoch, verified = await self._marker(connection)
-        # A marker older than one we have seen is that of a Redis which missed what came after.
+        # A marker older than one we have seen is that of a Redis which missed what came after. One older than our own
+        # fence is that of a server which mended another Redis meanwhile: what it accepts would count for nobody.
         if epoch == 0 or verified != run_id or epoch < self._epoch:
             return False
         self._epoch = epoch
-        return True
+        # It says nothing of what was put in the outbox' place since.
+        return not await wrong_types(connection, {self._keys.outbox: STREAM})
 
     async def _marker(self, connection: RedisConnection) -> tuple[int, bytes]:
         """Epoch and run_id; an epoch of 0 stands for no marker."""
         try:
             epoch, run_id = await connection.execute("HMGET", self._keys.ready, "epoch", "run_id")
         except hiredis.ReplyError as error:
-            if not _of_wrong_type(error):
+            if not is_wrong_type(error):
                 raise
             return 0, b""
-        return int(epoch) if epoch and epoch.isdigit() else 0, run_id or b""
+        return _epoch_of(epoch), run_id or b""
+
+    async def _take_epoch(self, connection: RedisConnection, lock: RebuildLock) -> tuple[int, int]:
+        """A new epoch, later than each that was ever taken, and Redis' Unix time in ms.
+
+        It is recorded before it is used: a server that is paused before its fence is in Kafka has a lower one than all
+        that come after it. It is the time by one clock, so that it rises too where Redis has forgotten the record.
+        """
+        seconds, us = await connection.execute("TIME")
+        now_ms = int(seconds) * 1000 + int(us) // 1000
+        verified, _ = await self._marker(connection)
+        try:
+            taken = _epoch_of(await connection.execute("GET", self._keys.epoch_taken))
+        except hiredis.ReplyError as error:
+            if not is_wrong_type(error):
+                raise
+            taken = 0
+        epoch = max(now_ms, verified + 1, taken + 1, self._epoch + 1)
+        # Only the holder of the lock gets here, so it is lost if another one has taken an epoch since we looked.
+        await lock.write([("SET", self._keys.epoch_taken, str(epoch))])
+        return epoch, now_ms
 
     async def _mend(self, connection: RedisConnection, lock: RebuildLock, run_id: bytes) -> None:
         """Replay or rebuild, whichever is needed, and set the marker."""
         ready, started_s = self._keys.ready, time.monotonic()
         epoch, _ = await self._marker(connection)
-        next_epoch = max(epoch + 1, self._epoch + 1, time.time_ns() // 1_000_000)
-        mending = _Mending(self._settings, self._keys, self._database, self._open_tail, connection, lock, next_epoch)
+        next_epoch, now_ms = await self._take_epoch(connection, lock)
+        self._epoch = next_epoch
+        sources = self._settings, self._keys, self._database, self._open_tail
+        mending = _Mending(*sources, connection, lock, next_epoch, now_ms)
         last_id = await mending.last_id()
         if epoch and last_id:
             # From here on batches of the old epoch are refused: they would count from what may be an old state.
@@ -132,7 +167,7 @@ class Verifier:
             try:
                 players = await mending.replay(last_id)
             except hiredis.ReplyError as error:
-                if _of_wrong_type(error):
+                if is_wrong_type(error):
                     await lock.write([("DEL", ready)])  # it is more than late: the next try rebuilds
                 raise
         else:
@@ -140,7 +175,7 @@ class Verifier:
             players = await mending.rebuild()
         if mending.highest_fence > next_epoch:
             # Kafka knows of a later epoch, so events of this one would count for nobody.
-            self._epoch = mending.highest_fence
+            self._epoch = max(self._epoch, mending.highest_fence)
             raise NotReady("another epoch of Redis was verified before, by a clock that is ahead: beginning again")
         await mending.continue_after(last_id)
         await lock.write([("HSET", ready, "epoch", str(next_epoch), "run_id", run_id)])
@@ -151,6 +186,10 @@ class Verifier:
             what = "rebuilt Redis"
             self._figures.rebuilds += 1
         _log.info("%s: %d players in %.1f s", what, players, time.monotonic() - started_s)
+
+
+def _epoch_of(raw: bytes | None) -> int:
+    return int(raw) if raw and raw.isdigit() and len(raw) <= MOST_EPOCH_DIGITS else 0
 
 
 async def _check_process(connection: RedisConnection, *, in_cluster: bool) -> bytes:
@@ -171,10 +210,6 @@ async def _check_process(connection: RedisConnection, *, in_cluster: bool) -> by
     return fields[b"run_id"]
 
 
-def _of_wrong_type(error: hiredis.ReplyError) -> bool:
-    return str(error).startswith("WRONGTYPE")
-
-
 class _Mending:
     """One replay or rebuild, by whoever holds the lock; whatever it writes goes through the lock."""
 
@@ -187,7 +222,9 @@ class _Mending:
         connection: RedisConnection,
         lock: RebuildLock,
         epoch: int,
+        now_ms: int,
     ) -> None:
+        """`now_ms` is Redis' time, by which events are dated."""
         self.highest_fence = 0
         """The latest epoch of any fence that was met."""
         self._settings = settings
@@ -197,6 +234,7 @@ class _Mending:
         self._connection = connection
         self._lock = lock
         self._epoch = epoch
+        self._now_ms = now_ms
         self._fold = Fold()
 
     async def replay(self, last_id: str) -> int:
@@ -211,7 +249,7 @@ class _Mending:
                 if may_begin_too_late(log, starts):
                     # As after a Redis restored from an old copy: the log has only the end of what it missed.
                     await self._add_later_scores(last)
-                ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
+                ends = await self._fence(tail)
                 async for records in self._records(tail, starts, ends, Fences()):
                     missing = [record for record in records if record.event.version > last]
                     for record in missing:
@@ -254,7 +292,7 @@ class _Mending:
         try:
             state = await self._connection.execute("XINFO", "STREAM", self._keys.outbox)
         except hiredis.ReplyError as error:
-            if _of_wrong_type(error) or "no such key" in str(error):
+            if is_wrong_type(error) or "no such key" in str(error):
                 return None
             raise
         last: bytes = state[state.index(b"last-generated-id") + 1]
@@ -282,7 +320,7 @@ class _Mending:
         try:
             page = await self._connection.execute("XRANGE", self._keys.outbox, begin, "+", "COUNT", OUTBOX_ENTRIES)
         except hiredis.ReplyError as error:
-            if not _of_wrong_type(error):
+            if not is_wrong_type(error):
                 raise
             return []
         return list(page)
@@ -310,8 +348,8 @@ class _Mending:
         self, tail: KafkaTail, log: Log, starts: dict[int, int], stored: dict[int, StoredOffset]
     ) -> None:
         """Take the events from `starts` on, and what is to be remembered of those before."""
-        since_ms = time.time_ns() // 1_000_000 - 1000 * self._settings.idempotency_restore_s
-        ends = await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
+        since_ms = self._now_ms - 1000 * self._settings.idempotency_restore_s
+        ends = await self._fence(tail)
         recent = await asyncio.to_thread(tail.first_since, since_ms)
         earlier = {number: min(start, recent[number]) for number, start in starts.items()}
         async for records in self._records(tail, earlier, starts, Fences()):
@@ -321,6 +359,12 @@ class _Mending:
             for record in records:
                 self._fold.add(record.event)
             await self._remember((record.event, record.memory) for record in records if record.event.at >= since_ms)
+
+    async def _fence(self, tail: KafkaTail) -> dict[int, int]:
+        """By partition where the log ends, behind a fence of ours."""
+        # A fence cannot be taken back, so whoever was paused up to here looks once more whether it is still its turn.
+        await self._lock.look()
+        return await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
 
     async def _records(
         self, tail: KafkaTail, starts: dict[int, int], ends: dict[int, int], fences: Fences
@@ -364,10 +408,10 @@ class _Mending:
 
     async def _remember(self, remembered: Remembered) -> None:
         """Keep the answers to requests with an Idempotency-Key, for what is left of their time."""
-        now_ms, ttl_ms = time.time_ns() // 1_000_000, 1000 * self._settings.idempotency_ttl_s
+        ttl_ms = 1000 * self._settings.idempotency_ttl_s
         commands: list[Command] = []
         for event, memory in remembered:
-            if memory is not None and event.at + ttl_ms > now_ms:
+            if memory is not None and event.at + ttl_ms > self._now_ms:
                 name, answer = kept_answer(memory, event.new_score)
                 commands.append(("SET", self._keys.answer + name, answer, "PXAT", str(event.at + ttl_ms)))
         if commands:

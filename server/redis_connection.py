@@ -20,6 +20,9 @@ from server.slots import Address
 CONNECT_TIMEOUT_S: Final = 1.0
 """For the handshake; a Redis that is stopped still accepts connections, but never answers."""
 
+REPLY_TIMEOUT_S: Final = 2.5
+"""For the reply to one command of `execute`: a Redis that is stopped, or whose host is gone, closes none."""
+
 OnReply = Callable[[Any], None]
 """Takes what Redis said: bytes, int, list or None, a hiredis.ReplyError, or ConnectionError when it never came."""
 
@@ -73,7 +76,7 @@ class RedisConnection(asyncio.Protocol):
     async def execute(self, *command: bytes | str | int) -> Any:
         """The reply to one command.
 
-        Raises hiredis.ReplyError or ConnectionError.
+        Raises hiredis.ReplyError or ConnectionError, and TimeoutError when none comes for REPLY_TIMEOUT_S.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
 
@@ -86,7 +89,8 @@ class RedisConnection(asyncio.Protocol):
                 future.set_result(reply)
 
         self.send(pack(command), on_reply)
-        return await future
+        async with asyncio.timeout(REPLY_TIMEOUT_S):
+            return await future
 
 
 async def open_connection(

@@ -23,6 +23,7 @@ from server.config import Settings
 from server.errors import NotReady, Problem, ScoreboardError, not_applied, outcome_unknown
 from server.events import MAX_BATCH
 from server.instruments import RedisFigures
+from server.key_types import HASH, SORTED_SET, STREAM, wrong_types
 from server.keys import Keys
 from server.pages import Page, Pages, entries_of, page_json
 from server.redis_connection import RedisConnection, open_connection, pack
@@ -117,7 +118,9 @@ class Scores:
         self._connection: RedisConnection | None = None
         self._lost = asyncio.Event()
         self._away_since_s = time.monotonic()
+        self._ready_since_s = time.monotonic()
         self._distrusted_s = -DISTRUST_INTERVAL_S
+        self._mending: asyncio.Task[None] | None = None
         self._sha = b""
         # New at every start: another process's numbers must not be taken for ours.
         self._server_id = secrets.token_hex(8)
@@ -256,7 +259,7 @@ class Scores:
                 return
             self._refuse(batch, f"Redis refused the batch: {reply}")
             if "WRONGTYPE" in str(reply):
-                self._distrust("a key of the scoreboard is of another type")
+                self._mend_types(lane)
             else:
                 self._suspect(f"Redis refused a batch: {reply}")
             return
@@ -285,13 +288,15 @@ class Scores:
 
     def _send_read(self, page: Page) -> None:
         assert self._connection is not None
-        page.in_flight, page.waiters = page.waiters, []
-        for reader in page.in_flight:
+        readers, page.waiters = page.waiters, []
+        page.in_flight, page.sent_s = readers, time.monotonic()
+        for reader in readers:
             reader.depart()
-        self._connection.send(page.command, lambda reply: self._on_page_reply(page, reply))
+        self._connection.send(page.command, lambda reply: self._on_page_reply(page, readers, reply))
 
-    def _on_page_reply(self, page: Page, reply: Any) -> None:
-        readers, page.in_flight = page.in_flight, []
+    def _on_page_reply(self, page: Page, readers: list[Any], reply: Any) -> None:
+        if page.in_flight is readers:  # else all of them were late, and others asked anew
+            page.in_flight = []
         json: bytes | None = None
         if isinstance(reply, list):
             if reply != page.reply:
@@ -328,19 +333,19 @@ class Scores:
         host, port = await self._locate() if self._locate else (settings.redis_host, settings.redis_port)
         self._place = f"{host}:{port}"
         connection = self._connection = await open_connection(settings, self._on_lost, (host, port))
-        self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
         async with asyncio.timeout(VERIFY_TIMEOUT_S) as timeout:
 
             def on_wait(reason: str) -> None:
-                # A rebuild takes as long as it takes; its own steps notice when Redis is gone.
+                # A rebuild takes as long as it takes; each of its steps has a deadline.
                 timeout.reschedule(None)
                 self._away(reason)
 
+            self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
             epoch = await self._verify(connection, on_wait)
         self._go(epoch)
 
     def _go(self, epoch: str) -> None:
-        self.epoch, self.reason = epoch, ""
+        self.epoch, self.reason, self._ready_since_s = epoch, "", time.monotonic()
         _log.info("Redis is verified, epoch %s%s", epoch, f", hash tag {self._keys.tag}" if self._keys.tag else "")
         for lane in self._lanes.values():
             if lane.in_flight is not None:
@@ -389,11 +394,34 @@ class Scores:
         async def take_marker() -> None:
             try:
                 await connection.execute("DEL", self._keys.ready)
-            except (ConnectionError, hiredis.HiredisError) as error:
-                _log.warning("cannot take the marker away: %s", error)
-            self._suspect("a damaged board is being rebuilt")
+            except (ConnectionError, TimeoutError, hiredis.HiredisError) as error:
+                _log.warning("cannot take the marker away: %s", _sentence(error))
+            if connection is self._connection:  # else the one of now is being verified, or was
+                self._suspect("a damaged board is being rebuilt")
 
         self._mending = self._loop.create_task(take_marker())
+
+    def _mend_types(self, lane: Lane) -> None:
+        """Find what made a batch of this lane fail, and mend no more than that."""
+        connection = self._connection
+        if connection is None or (self._mending is not None and not self._mending.done()):
+            return
+
+        async def mend() -> None:
+            try:
+                seconds, _ = await connection.execute("TIME")
+                for found in await wrong_types(connection, self._script.remembered(lane, int(seconds))):
+                    await connection.execute("UNLINK", found.key)
+                    _log.error("%s: taken away, since it only remembers", found)
+                boards = {self._keys.ready: HASH, self._keys.outbox: STREAM, lane.keys.leaderboard: SORTED_SET}
+                damaged = await wrong_types(connection, boards)
+            except (ConnectionError, TimeoutError, hiredis.HiredisError) as error:
+                _log.warning("cannot look for keys of a wrong type: %s", _sentence(error))
+            else:
+                if damaged:
+                    self._distrust("; ".join(map(str, damaged)))
+
+        self._mending = self._loop.create_task(mend())
 
     def _on_lost(self, connection: RedisConnection) -> None:
         if connection is self._connection:
@@ -434,24 +462,34 @@ class Scores:
             problem = outcome_unknown("Redis did not answer in time: the change may have been applied")
             for waiter in batch.waiters:
                 self._on_problem(waiter, problem)
-            self._suspect("Redis did not answer in time")
+            if self._is_overdue(batch.sent_s):
+                self._suspect("Redis did not answer in time")
         waiters, late = lane.waiting.waiters, 0
         while late < len(waiters) and waiters[late].received_s < expired_s:
             late += 1
         for waiter in lane.waiting.split(late).waiters if late else ():
             self._on_problem(waiter, not_applied(self.reason or "Redis is slow"))
 
+    def _is_overdue(self, sent_s: float) -> bool:
+        """Whether the connection of now has had enough time for what was sent then, and sent again when it was ready.
+
+        What waited for longer, for a connection before it or for its turn, says nothing about this one.
+        """
+        return self.epoch is not None and time.monotonic() - max(sent_s, self._ready_since_s) > self._deadline_s / 2
+
     def _sweep_page(self, page: Page, expired_s: float) -> None:
         """Send readers to the database while there is time left to ask it."""
-        if page.in_flight and page.in_flight[0].received_s < expired_s:
+        if page.in_flight and page.in_flight[0].received_s < expired_s and self._is_overdue(page.sent_s):
             self._suspect("Redis did not answer in time")
-        late = 0
-        while late < len(page.waiters) and page.waiters[late].received_s < expired_s:
-            late += 1
-        readers, page.waiters = page.waiters[:late], page.waiters[late:]
-        for reader in readers:
-            reader.depart()
-            self._on_page(reader, None)
+        for readers in (page.in_flight, page.waiters):
+            late = 0
+            while late < len(readers) and readers[late].received_s < expired_s:
+                late += 1
+            departing = readers[:late]
+            del readers[:late]
+            for reader in departing:
+                reader.depart()
+                self._on_page(reader, None)
 
 
 def _note_parts(batch: Batch, now_s: float) -> None:

@@ -252,6 +252,26 @@ def test_wrong_type_elsewhere_fails_before_anything_is_written(session: Session,
     assert session.everything() == before
 
 
+@pytest.mark.parametrize("stored", ["", "x", "1.5", "nan", "inf", "1e300", "-9007199254740992"])
+def test_score_that_is_none_of_ours_is_damage(session: Session, stored: str) -> None:
+    session.outcomes([add("ann", 5)])
+    session.client.set(session.board.score("ann"), stored)
+    assert session.outcomes([add("ann", 1), add("bob", 1)]) == [(Outcome.DAMAGED, 0), (Outcome.APPLIED, 1)]
+    assert session.events() == [("ann", 5, 5), ("bob", 1, 1)]
+
+
+def test_what_is_remembered_in_words_that_are_none_of_ours_is_nothing(session: Session) -> None:
+    session.outcomes([add("ann", 5, "s1", 1, "k1")])
+    (limits,) = session.client.keys("ratelimit:*")
+    (answer,) = session.client.keys("idempotency:*")
+    session.client.hset(limits, "s1", "x")
+    for kept in ("x", "f" * 16, "f" * 16 + "x"):
+        session.client.set(answer, kept)
+        session.client.set(session.session, kept)
+        ((outcome, _),) = session.outcomes([add("ann", 5, "s1", 1, "k1")])
+        assert outcome == Outcome.APPLIED
+
+
 def test_batch_refused_for_lack_of_memory_leaves_nothing_behind(session: Session) -> None:
     session.outcomes([add("ann", 5)])
     before = session.everything()

@@ -14,7 +14,7 @@ GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_cli
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
-    "shards", "topology", "answers", "uws_native", "queries",
+    "shards", "topology", "answers", "uws_native", "queries", "key_types",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild", "metrics"}
 PROCESSES = {"supervisor", "embedded", "workers", "health"}  # child processes: apart from everything that serves

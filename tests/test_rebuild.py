@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +18,7 @@ import redis as redis_client
 from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
+from server import rebuild_lock
 from server.config import Settings
 from server.database import Database
 from server.embedded import RedisServer, free_port
@@ -25,15 +28,16 @@ from server.fences import EPOCH_HEADER, TAG_HEADER
 from server.kafka_tail import KafkaTail
 from server.keys import Keys, tag_of
 from server.rebuild import Verifier
-from server.rebuild_lock import RebuildLock
+from server.rebuild_lock import RebuildLocks
 from server.redis_connection import open_connection
+from server.replay import Log
 from server.scores import Outcome
 from sync import store
 from sync.topics import ensure_topics, look_up
 from tests.client import board, can_write, connect, get, post, store_scores, wait_until_writable
 from tests.odd_records import owe_odd_entries, put_odd_records
 from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
-from tests.sync_parts import environment_of, event, put_fences
+from tests.sync_parts import environment_of, event, put_fences, records_of
 from tests.test_idempotency import submit
 from tests.test_scores import bench
 
@@ -522,6 +526,55 @@ class TestFence:
             verify(settings, verifier)
         assert verify(settings, verifier) > ahead
 
+    def test_server_paused_before_its_fence_voids_nothing_that_was_accepted_meanwhile(
+        self, tmp_path: Path, settings: Settings, redis: redis_client.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        true_clock, ahead_ns = time.time_ns, ContextVar("ahead_ns", default=0)
+        monkeypatch.setattr(time, "time_ns", lambda: true_clock() + ahead_ns.get())
+        environment = environment_of(settings)
+        server, sync = ServerProcess(tmp_path, environment), SyncProcess(tmp_path, environment)
+
+        def serve() -> None:
+            server.start()
+            sync.start()
+            wait_until_writable(server)
+
+        async def main() -> None:
+            loop, reached, wake = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+
+            class Late(KafkaTail):
+                def fence(self, epoch: int, tag: str = "") -> dict[int, int]:
+                    loop.call_soon_threadsafe(reached.set)
+                    asyncio.run_coroutine_threadsafe(wake.wait(), loop).result(30)
+                    return super().fence(epoch, tag)
+
+            ahead_ns.set(10_000_000_000)
+            paused = Verifier(settings, KEYS, Database(settings.database_url), lambda: Late(settings))
+            sleeping = asyncio.create_task(verified(paused, settings))
+            await reached.wait()
+            redis.delete(KEYS.rebuild_lock)  # as its expiry does
+            serve()  # on this thread, so that all of the paused server stands still
+            fences = len(records_of(settings))
+            wake.set()
+            with pytest.raises(NotReady, match="another server goes on"):
+                await sleeping
+            await asyncio.to_thread(wait_until, lambda: len(records_of(settings)) > fences, 20, "no fence came")
+
+        try:
+            asyncio.run(main())
+            for number in range(20):
+                assert post(server, "ann").json()["newScore"] == number + 1
+            wait_until(lambda: redis.xlen(KEYS.outbox) == 0, 20, "the events were not relayed")
+            with psycopg.connect(settings.database_url, autocommit=True) as database:
+                stored = "SELECT score FROM scores WHERE player_id = 'ann'"
+                wait_until(lambda: database.execute(stored).fetchone() == (20,), 20, "the updates do not count")
+            redis.flushall()
+            wait_until(lambda: redis.exists(KEYS.ready), 20, "Redis was not rebuilt")
+            assert shown(redis) == {"ann": 20}
+        finally:
+            server.stop()
+            sync.stop()
+
     def test_live_relay_and_a_redis_that_lost_its_tail_end_up_with_the_same(
         self, tmp_path: Path, settings: Settings, kafka_broker: KafkaBroker, fresh_redis: Callable[..., RedisServer]
     ) -> None:
@@ -566,18 +619,107 @@ def log_of(server: RedisServer) -> Path:
 
 
 class TestLock:
+    def test_own_lock_is_taken_over_and_the_earlier_attempt_is_over(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        async def main() -> None:
+            connection = await open_connection(settings, lambda lost: None)
+            locks = RebuildLocks(KEYS.rebuild_lock)
+            earlier = await locks.take(connection)
+            held = redis.get(KEYS.rebuild_lock)
+            later = await locks.take(connection)
+            assert earlier is not None
+            assert later is not None
+            with pytest.raises(NotReady, match="another server goes on"):
+                await earlier.write([("SET", "a", "1")])
+            await later.write([("SET", "a", "2")])
+            # A command of the earlier attempt that Redis gets only now.
+            assert isinstance(held, bytes)
+            server, attempt = held.decode().split(":")
+            taking = rebuild_lock._TAKE, 1, KEYS.rebuild_lock, server, attempt, 3000
+            assert await connection.execute("EVAL", *taking) is None
+            await later.look()
+            connection.close()
+
+        asyncio.run(main())
+        assert redis.get("a") == b"2"
+
+    @pytest.mark.parametrize(
+        "put", [lambda redis, key: redis.set(key, "x"), lambda redis, key: redis.sadd(key, "x")], ids=["string", "set"]
+    )
+    def test_lock_without_an_end_gets_one(
+        self, settings: Settings, redis: redis_client.Redis, put: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(rebuild_lock, "LOCK_MS", 300)
+        put(redis, KEYS.rebuild_lock)
+        send(settings, event("ann", 1000, score=10))
+        verify(settings)
+        assert shown(redis) == {"ann": 10}
+
+    def test_lost_lock_cancels_the_mending_wherever_it_waits(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        async def main() -> None:
+            loop, reached, wake = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+            class Stuck(KafkaTail):
+                def describe(self) -> Log | None:
+                    loop.call_soon_threadsafe(reached.set)
+                    wake.wait(20)
+                    return super().describe()
+
+            stuck = Verifier(settings, KEYS, Database(settings.database_url), lambda: Stuck(settings))
+            waiting = asyncio.create_task(verified(stuck, settings))
+            await reached.wait()
+            redis.set(KEYS.rebuild_lock, "of another server", px=60_000)
+            try:
+                with pytest.raises(NotReady, match="another server goes on"):
+                    async with asyncio.timeout(10):
+                        await waiting
+            finally:
+                wake.set()
+
+        asyncio.run(main())
+        assert marker(redis) == (0, "")
+
+    def test_epoch_rises_above_each_that_was_taken_whatever_has_become_of_it(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        seconds, _ = cast(Any, redis.time())
+        assert verify(settings) == pytest.approx(1000 * seconds, abs=60_000)
+        redis.set(KEYS.epoch_taken, 2 * NOW_MS)
+        redis.hset(KEYS.ready, "run_id", "another")
+        assert verify(settings) == 2 * NOW_MS + 1
+        assert redis.get(KEYS.epoch_taken) == str(2 * NOW_MS + 1).encode()
+        redis.hset(KEYS.ready, mapping={"epoch": 3 * NOW_MS, "run_id": "another"})
+        assert verify(settings) == 3 * NOW_MS + 1
+
+    @pytest.mark.parametrize(
+        "put",
+        [
+            lambda redis: redis.sadd(KEYS.epoch_taken, "x"),
+            lambda redis: redis.set(KEYS.epoch_taken, "9" * 5000),
+            lambda redis: redis.hset(KEYS.ready, mapping={"epoch": "9" * 5000, "run_id": redis.info()["run_id"]}),
+        ],
+        ids=["type", "taken", "marker"],
+    )
+    def test_epoch_that_is_none_counts_for_none(
+        self, settings: Settings, redis: redis_client.Redis, put: Callable[[redis_client.Redis], Any]
+    ) -> None:
+        put(redis)
+        assert verify(settings) == pytest.approx(NOW_MS, abs=3_600_000)
+
     def test_another_token_writes_nothing(self, settings: Settings, redis: redis_client.Redis) -> None:
         async def main() -> None:
             connection = await open_connection(settings, lambda lost: None)
-            lock = await RebuildLock.take(connection, KEYS.rebuild_lock)
+            lock = await RebuildLocks(KEYS.rebuild_lock).take(connection)
             assert lock is not None
-            assert await RebuildLock.take(connection, KEYS.rebuild_lock) is None
+            assert await RebuildLocks(KEYS.rebuild_lock).take(connection) is None
             await lock.write([("SET", "a", "1"), ("SET", "b", "2")])
             redis.set(KEYS.rebuild_lock, "another's token", px=5000)
             with pytest.raises(NotReady, match="another server goes on"):
                 await lock.write([("SET", "a", "3")])
-            async with lock.kept():
-                pass
+            await lock.hold_during(asyncio.sleep(0))
             assert redis.get(KEYS.rebuild_lock) == b"another's token"
             connection.close()
 

@@ -118,6 +118,17 @@ def test_lease_is_renewed_and_released_only_by_its_holder(redis: redis_client.Re
     assert not ours.hold()
 
 
+@pytest.mark.parametrize(
+    "put", [lambda redis: redis.set("lease", "x"), lambda redis: redis.sadd("lease", "x")], ids=["string", "set"]
+)
+def test_lease_without_an_end_gets_one(redis: redis_client.Redis, put: Callable[[redis_client.Redis], object]) -> None:
+    put(redis)
+    assert not Lease(redis, "lease", "ours").hold()
+    assert 0 < redis.pttl("lease") <= 2000
+    redis.pexpire("lease", 1)
+    wait_until(lambda: Lease(redis, "lease", "ours").hold())
+
+
 def test_relay_that_lost_its_lease_stops_and_waits(redis: redis_client.Redis, settings: Settings) -> None:
     key = Keys().relay_lease
     with running(Relay, settings) as relay:

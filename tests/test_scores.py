@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from typing import Any, cast
+from typing import Any
 
 import psycopg
 import pytest
 import redis as redis_client
 
-from server.batches import Outcome
+from server import redis_connection
+from server.batches import IdempotencyKey, Outcome
 from server.config import Settings
 from server.database import Database
 from server.embedded import RedisServer
 from server.errors import Problem
 from server.events import OUTBOX_FIELD, events_of_entry
+from server.instruments import RedisFigures
 from server.keys import Keys
 from server.rebuild import Verifier
 from server.scores import Scores
@@ -52,7 +55,12 @@ class Proxy:
         self.redis_port = redis_port
         self.swallow_replies = False
         self.refuse = False
+        self.silence_at = b""
+        """The connection that says this goes silent, both ways and for good; the next ones do not."""
+        self.accepted = 0
         self.connections: list[asyncio.StreamWriter] = []
+        self._silent: set[int] = set()
+        self._held: list[tuple[asyncio.StreamWriter, bytes]] | None = None
         self.requests = b""
 
     async def start(self) -> int:
@@ -65,21 +73,41 @@ class Proxy:
             return
         redis_reader, redis_writer = await asyncio.open_connection("127.0.0.1", self.redis_port)
         self.connections += [writer, redis_writer]
-        await asyncio.gather(self._requests(reader, redis_writer), self._replies(redis_reader, writer))
+        self.accepted = number = self.accepted + 1
+        await asyncio.gather(self._requests(number, reader, redis_writer), self._replies(number, redis_reader, writer))
 
-    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _requests(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(OSError):
             while data := await reader.read(65536):
                 self.requests += data
-                writer.write(data)
-        writer.close()
-
-    async def _replies(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(65536):
-                if not self.swallow_replies:
+                if self.silence_at and self.silence_at in data:
+                    self.silence_at = b""
+                    self._silent.add(number)
+                if number not in self._silent:
                     writer.write(data)
         writer.close()
+
+    async def _replies(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(65536):
+                if self._held is not None:
+                    self._held.append((writer, data))
+                elif not self.swallow_replies and number not in self._silent:
+                    writer.write(data)
+        writer.close()
+
+    def silence(self) -> None:
+        """Let the connections of now be as those of a host that is gone."""
+        self._silent |= set(range(self.accepted + 1))
+
+    def hold(self) -> None:
+        """Keep what Redis says back until `release`."""
+        self._held = []
+
+    def release(self) -> None:
+        held, self._held = self._held or [], None
+        for writer, data in held:
+            writer.write(data)
 
     def cut(self) -> None:
         for writer in self.connections:
@@ -109,9 +137,9 @@ class Bench:
         self.proxy = proxy
         self.redis = redis
 
-    def submit(self, player: str, delta: int, board: str = "main") -> Request:
+    def submit(self, player: str, delta: int, board: str = "main", *, key: IdempotencyKey | None = None) -> Request:
         request = Request()
-        self.scores.submit(board, player, delta, player, 1, request)
+        self.scores.submit(board, player, delta, player, 1, request, key)
         return request
 
     def page(self, limit: int = 10) -> Request:
@@ -142,19 +170,25 @@ def take_each(requests: list[Any], results: list[int]) -> None:
 
 @asynccontextmanager
 async def bench(
-    redis: redis_client.Redis, redis_server: RedisServer, url: str, **settings: Any
+    redis: redis_client.Redis,
+    redis_server: RedisServer,
+    url: str,
+    open_tail: Callable[[], Any] = NoTopic,
+    **settings: Any,
 ) -> AsyncIterator[Bench]:
     proxy = Proxy(redis_server.port)
     port = await proxy.start()
-    database = Database(url)
-    chosen = Settings(redis_port=port, request_deadline_ms=DEADLINE_MS, rate_limit_per_second=0, **settings)
+    database, figures = Database(url), RedisFigures()
+    defaults: dict[str, Any] = {"request_deadline_ms": DEADLINE_MS, "rate_limit_per_second": 0}
+    chosen = Settings(redis_port=port, **(defaults | settings))
     scores = Scores(
         chosen,
         KEYS,
-        Verifier(chosen, KEYS, database, cast(Any, NoTopic)).verify,
+        Verifier(chosen, KEYS, database, open_tail, figures).verify,
         on_outcomes=take_each,
         on_problem=lambda request, problem: request.take(problem),
         on_page=lambda request, page: request.take(page),
+        figures=figures,
     )
     running = asyncio.create_task(scores.run())
     try:
@@ -331,6 +365,68 @@ def test_reader_is_told_when_redis_cannot_be_read(play: Callable[..., None]) -> 
     play(scenario)
 
 
+def test_batch_that_waited_elsewhere_says_nothing_about_its_connection(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.hold()
+        request = bench.submit("ann", 5)
+        await bench.until(lambda: b"EVALSHA" in bench.proxy.requests)
+        request.received_s -= 20
+        problem = await request.answer
+        assert (problem.status, problem.kind) == (503, "outcome-unknown")
+        assert bench.scores.epoch is not None
+        bench.proxy.release()
+        assert await bench.submit("ann", 1).answer == (Outcome.APPLIED, 6)
+        assert bench.proxy.accepted == 1
+
+    play(scenario, request_deadline_ms=20_000)
+
+
+def test_page_that_waited_elsewhere_says_nothing_about_its_connection(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.hold()
+        page = bench.page()
+        await bench.until(lambda: b"ZREVRANGE" in bench.proxy.requests)
+        page.received_s -= 10
+        assert await page.answer is None
+        assert bench.scores.epoch is not None
+        bench.redis.set("player:ann:score", 5)
+        bench.redis.zadd("leaderboard", {"ann": 5})
+        later = bench.page()
+        await bench.until(lambda: bench.proxy.requests.count(b"ZREVRANGE") == 2)
+        bench.proxy.release()
+        # Not with what the read before it said, which nobody waits for any more.
+        assert await later.answer == b'[{"playerId":"ann","score":5}]'
+        assert bench.proxy.accepted == 1
+
+    play(scenario, request_deadline_ms=20_000)
+
+
+@pytest.mark.parametrize("key", ["session", "ratelimit", "idempotency-count"])
+def test_key_that_only_remembers_is_mended_alone(
+    play: Callable[..., None], caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        first, second = (IdempotencyKey(f"ann:{name}", "f" * 16, "ann") for name in ("k1", "k2"))
+        assert await bench.submit("ann", 5, key=first).answer == (Outcome.APPLIED, 5)
+        (found,) = bench.redis.keys(f"{key}:*")
+        expected = bench.redis.type(found)
+        bench.redis.delete(found)
+        bench.redis.sadd(found, "wrong")
+        problem = await bench.submit("ann", 1, key=second).answer
+        assert (problem.status, problem.kind) == (503, "not-applied")
+        await bench.until(lambda: not bench.redis.exists(found))
+        assert await bench.submit("ann", 1, key=second).answer == (Outcome.APPLIED, 6)
+        assert bench.redis.type(found) == expected
+        assert (bench.proxy.accepted, bench.scores.figures.rebuilds) == (1, 0)
+        await bench.until(lambda: "taken away" in caplog.text)
+        assert f"the key {found.decode()} is of another type: expected a " in caplog.text
+
+    play(scenario, rate_limit_per_second=1, rate_limit_burst=3600)
+
+
 def test_full_outbox_refuses_updates_and_loses_none(play: Callable[..., None]) -> None:
     async def scenario(bench: Bench) -> None:
         await bench.ready()
@@ -409,6 +505,103 @@ class TestFillingFromTheDatabase:
             await bench.until(lambda: bench.scores.epoch is None)
             await bench.ready()
             assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 10)
+
+        redis.flushall()
+        play(scenario, stored)
+
+    def test_traffic_during_a_slow_rebuild_does_not_make_it_longer(
+        self, play: Callable[..., None], stored: str, redis: redis_client.Redis
+    ) -> None:
+        rebuilding, may_end = threading.Event(), threading.Event()
+
+        class Slow(NoTopic):
+            def describe(self) -> None:
+                rebuilding.set()
+                assert may_end.wait(20)
+
+        async def scenario(bench: Bench) -> None:
+            await bench.until(rebuilding.is_set)
+            may_end.set()
+            await bench.ready()
+            rebuilding.clear()
+            may_end.clear()
+            bench.proxy.swallow_replies = True
+            in_flight = [bench.submit("p7", 1), bench.submit("p1", 1, "weekly")]
+            await bench.until(lambda: redis.get(KEYS.board("weekly").score("p1")) == b"-3")
+            redis.flushall()
+            bench.proxy.cut()
+            bench.proxy.swallow_replies = False
+            await bench.until(rebuilding.is_set)
+            accepted, answers = bench.proxy.accepted, []
+            for _ in range(3):  # deadlines, of all that are in flight or come meanwhile
+                waiting = [bench.submit("p8", 1), bench.page()]
+                answers += [await request.answer for request in waiting]
+                await asyncio.sleep(DEADLINE_MS / 2000)
+            assert {(await request.answer).kind for request in in_flight} == {"outcome-unknown"}
+            assert {answer.kind for answer in answers[::2]} == {"not-applied"}
+            may_end.set()
+            await bench.ready()
+            assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 8)
+            assert (bench.proxy.accepted, bench.scores.figures.rebuilds) == (accepted, 2)
+
+        redis.flushall()
+        play(scenario, stored, open_tail=Slow)
+
+    @pytest.mark.parametrize(
+        "step",
+        [
+            "INFO", "SCRIPT", "HMGET", "Takes the lock", "TIME", "epoch-taken", "XINFO", "XRANGE", "SCAN", "UNLINK",
+            "ZADD", "XGROUP", "run_id", "return redis.call('DEL'",
+        ],
+    )  # fmt: skip
+    def test_step_of_verifying_that_gets_no_answer_costs_its_deadline(
+        self,
+        play: Callable[..., None],
+        stored: str,
+        redis: redis_client.Redis,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+        step: str,
+    ) -> None:
+        async def scenario(bench: Bench) -> None:
+            bench.proxy.silence_at = step.encode()
+            await bench.until(lambda: not bench.proxy.silence_at, 10)
+            await bench.until(lambda: bench.scores.epoch is not None, 10)
+            assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 8)
+            # Its own lock is no reason to wait, however its last attempt ended.
+            assert "by another server" not in caplog.text
+
+        monkeypatch.setattr(redis_connection, "REPLY_TIMEOUT_S", 0.3)
+        redis.flushall()
+        redis.set("player:ghost:score", 1)
+        play(scenario, stored)
+
+    def test_server_that_waits_for_another_notices_that_redis_is_gone(
+        self, play: Callable[..., None], stored: str, redis: redis_client.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def scenario(bench: Bench) -> None:
+            await bench.until(lambda: "by another server" in bench.scores.reason)
+            accepted = bench.proxy.accepted
+            bench.proxy.silence()
+            await bench.until(lambda: bench.proxy.accepted > accepted)
+            redis.delete(KEYS.rebuild_lock)
+            await bench.ready()
+
+        monkeypatch.setattr(redis_connection, "REPLY_TIMEOUT_S", 0.3)
+        redis.flushall()
+        redis.set(KEYS.rebuild_lock, "of another server", px=60_000)
+        play(scenario, stored)
+
+    def test_outbox_that_is_none_is_noticed_without_an_update(
+        self, play: Callable[..., None], stored: str, redis: redis_client.Redis
+    ) -> None:
+        async def scenario(bench: Bench) -> None:
+            await bench.ready()
+            redis.delete(KEYS.outbox)
+            redis.set(KEYS.outbox, "x")
+            await bench.until(lambda: redis.type(KEYS.outbox) == b"stream")
+            await bench.ready()
+            assert await bench.submit("p7", 1).answer == (Outcome.APPLIED, 8)
 
         redis.flushall()
         play(scenario, stored)
