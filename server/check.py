@@ -33,6 +33,7 @@ from server.topology import Topology
 from server.uws_native import LIBRARY
 from sync.kafka import new_admin
 from sync.store import WrongEncoding, check_encoding
+from sync.topics import times_refused
 
 ANSWER_WITHIN_S: Final = 3.0
 OLDEST_REDIS: Final = (7, 0)
@@ -252,6 +253,7 @@ def _look_at_kafka(settings: Settings) -> Iterator[Finding]:
         yield from _judge_partitions(topic, partitions, settings.kafka_replication)
         if not str(answer.cluster_id).startswith("mockCluster"):  # which knows no settings
             yield from _judge_retention(name, _retention_ms(admin, name), wanted_ms)
+            yield _judge_times(name, times_refused(admin, name))
 
 
 def _judge_partitions(topic: Any, partitions: int, replication: int) -> Iterator[Finding]:
@@ -278,6 +280,16 @@ def _judge_retention(name: str, kept_ms: int, wanted_ms: int) -> Iterator[Findin
     else:
         advice = f"set its retention.ms to {wanted_ms}: a rebuild looks back on the one, people on dead letters"
         yield Finding(State.WARN, "Kafka", found, advice)
+
+
+def _judge_times(name: str, refused: dict[str, str]) -> Finding:
+    if not refused:
+        return Finding(State.OK, "Kafka", f"{name}: takes records of any time")
+    wanted = ", ".join(f"{setting}={value}" for setting, value in refused.items())
+    advice = f"{MIGRATE}; or set {wanted}"
+    return Finding(
+        State.WARN, "Kafka", f"{name}: may refuse records while a clock is ahead, or change their time", advice
+    )
 
 
 def _retention_ms(admin: Any, name: str) -> int:

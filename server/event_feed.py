@@ -7,11 +7,12 @@ every server feeds its own sockets. Knows no sockets and no scores.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -19,9 +20,11 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from server.config import Settings
 from server.events import Board, Moment, PlayerId
-from server.kafka_clients import client_settings, refusal
+from server.kafka_clients import client_settings, reason_of, refusal
+from server.redis_clock import RedisClock
 
 POLL_S: Final = 0.5
+TRY_S: Final = 0.05
 CHECK_INTERVAL_S: Final = 10.0
 """How often to look for partitions that were added."""
 
@@ -29,6 +32,9 @@ RETRY_INTERVAL_S: Final = 1.0
 ANSWER_WITHIN_S: Final = 5.0
 OVERLAP_S: Final = 5.0
 """How much of the past to read first: what is said twice does no harm."""
+
+MOST_OVERLAP: Final = 50_000
+"""Most records of a partition to read first: ids that are stuck in the future all carry the same time."""
 
 _BATCH: Final = 1000
 
@@ -46,22 +52,38 @@ class _Changed(msgspec.Struct, rename="camel", gc=False):
 _decode_changed = msgspec.json.Decoder(_Changed).decode
 
 
-class EventFeed(threading.Thread):
-    """Reads the topic from its end while it is `watched`.
+@dataclasses.dataclass(slots=True)
+class Changes:
+    """What events said of one board."""
 
-    Both callbacks run on the loop: `on_changed` with a set of (board, player) and when the oldest of their events was
-    applied (Unix time in ms), and `on_gap` when changes may have been missed, because reading has only just begun.
+    players: set[str]
+    oldest_ms: int | None
+    """When the oldest of these events was applied, in Unix time by the clock of the board's Redis; None where all of
+    them are from before the reading began."""
+
+
+class EventFeed(threading.Thread):
+    """Reads the topic from its end while it is `watched`, and sees now and then that it may be read while it is not.
+
+    Both callbacks run on the loop: `on_changed` with the changes by board, and `on_gap` when changes may have been
+    missed, because reading has only just begun.
     """
 
     def __init__(
         self,
         settings: Settings,
-        on_changed: Callable[[set[tuple[str, str]], int | None], None],
+        clocks: Sequence[RedisClock],
+        clock_of: Callable[[str], RedisClock],
+        on_changed: Callable[[dict[str, Changes]], None],
         on_gap: Callable[[], None],
     ) -> None:
+        """`clocks` are those of all boards, `clock_of` says which is that of one."""
         super().__init__(name="event-feed", daemon=True)
-        self.connected = False
+        self.trouble = "Kafka was not reached yet"
+        """Why no events arrive, in words that everybody may read; empty when they do."""
         self._settings = settings
+        self._clocks = clocks
+        self._clock_of = clock_of
         self._on_changed = on_changed
         self._on_gap = on_gap
         self._loop = asyncio.get_running_loop()
@@ -69,7 +91,7 @@ class EventFeed(threading.Thread):
         self._watched = False
         self._woken = threading.Event()
         self._assigned = 0
-        self._began_ms = 0
+        self._began_s = 0.0
         self._refusal: KafkaError | None = None
 
     def watch(self, watched: bool) -> None:
@@ -91,7 +113,7 @@ class EventFeed(threading.Thread):
                 self._read(consumer)
             except Exception:
                 _log.exception("reading events failed: beginning again")
-                self.connected = False
+                self.trouble = "reading events failed"
                 self._assigned = 0
                 time.sleep(RETRY_INTERVAL_S)
             finally:
@@ -104,6 +126,7 @@ class EventFeed(threading.Thread):
                 "group.id": f"scoreboard-live-{secrets.token_hex(4)}",  # never joined: partitions are assigned here
                 "enable.auto.commit": False,
                 "auto.offset.reset": "latest",
+                "enable.partition.eof": True,  # else nothing tells that there is nothing to read from no right to
                 "fetch.wait.max.ms": self._settings.kafka_fetch_wait_ms,
                 "queued.max.messages.kbytes": 2048,
                 "error_cb": self._on_error,
@@ -122,32 +145,70 @@ class EventFeed(threading.Thread):
                 self._woken.wait(max(0.0, check_at_s - time.monotonic()))
             # consume() waits until it has as many as it was asked for: so first one, then whatever is there.
             elif first := consumer.consume(1, POLL_S):
-                self._hand_over(first + consumer.consume(_BATCH, 0))
+                error = self._hand_over(first + consumer.consume(_BATCH, 0))
+                if error is not None:
+                    self._lose(consumer, error)
+                    check_at_s = time.monotonic() + RETRY_INTERVAL_S
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
-            self.connected = False
-        self._refusal = refusal(error) or self._refusal
+            self.trouble = reason_of(error)
+        self._refusal = error if refusal(error) else self._refusal
         if self._assigned:  # else `_check` says it, once for all brokers and tries
             _log.warning("Kafka: %s", refusal(error) or error)
 
     def _check(self, consumer: Any) -> bool:
-        """See that Kafka answers, and read all partitions while somebody watches."""
+        """See that Kafka answers and lets us read, and read all partitions while somebody watches."""
         try:
             partitions = self._partitions(consumer)
             if not self._watched:
                 consumer.unassign()
                 self._assigned = 0
-            elif partitions > self._assigned:
+            if not self._assigned and (self.trouble or not self._watched):
+                self._try(consumer)
+            if self._watched and partitions > self._assigned:
                 self._assign(consumer, partitions)
         except KafkaException as error:
-            self.connected = False
-            if not self._assigned:
-                consumer.poll(0)  # why the brokers refuse us waits there; nobody else asks for it yet
-            _log.warning("live updates wait for the topic %s: %s", self._settings.kafka_topic, self._refusal or error)
+            self._lose(consumer, error.args[0])
             return False
-        self.connected, self._refusal = True, None
+        if self.trouble:
+            _log.info("live updates: the topic %s is read", self._settings.kafka_topic)
+        self.trouble, self._refusal = "", None
         return True
+
+    def _lose(self, consumer: Any, error: KafkaError) -> None:
+        """Read no more until a check has succeeded, and say why unless that was said."""
+        if not self._assigned:
+            consumer.poll(0)  # why the brokers refuse us waits there; nobody else asks for it yet
+        consumer.unassign()
+        self._assigned = 0
+        error = self._refusal or error
+        trouble = reason_of(error)
+        if trouble != self.trouble:
+            said = (refusal(error) or error).str()
+            _log.warning("live updates wait for the topic %s: %s", self._settings.kafka_topic, said)
+        self.trouble = trouble
+
+    def _try(self, consumer: Any) -> None:
+        """Fetch once from the end of a partition, for topics may be described by those who may not read them.
+
+        Raises KafkaException.
+        """
+        place = TopicPartition(self._settings.kafka_topic, 0)
+        place.offset = consumer.get_watermark_offsets(place, timeout=ANSWER_WITHIN_S)[1]
+        deadline_s = time.monotonic() + self._settings.kafka_fetch_wait_ms / 1000 + ANSWER_WITHIN_S
+        consumer.assign([place])
+        try:
+            while not (arrived := consumer.consume(1, TRY_S)):
+                if self._watched and not self.trouble:
+                    return  # somebody waits; what is read for them tells as much
+                if time.monotonic() > deadline_s:
+                    raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "the brokers do not answer a fetch"))
+        finally:
+            consumer.unassign()
+        error = arrived[0].error()
+        if error is not None and error.code() != KafkaError._PARTITION_EOF:
+            raise KafkaException(error)
 
     def _partitions(self, consumer: Any) -> int:
         name = self._settings.kafka_topic
@@ -161,7 +222,7 @@ class EventFeed(threading.Thread):
         name, begin = self._settings.kafka_topic, self._assigned
         added = [TopicPartition(name, number, 0) for number in range(begin, partitions)]
         if begin == 0:
-            self._began_ms = int(time.time() * 1000)
+            self._began_s = time.monotonic()
             for partition in added:
                 partition.offset = consumer.get_watermark_offsets(partition, timeout=ANSWER_WITHIN_S)[1]
             added = self._a_little_earlier(consumer, added)
@@ -172,24 +233,36 @@ class EventFeed(threading.Thread):
 
     def _a_little_earlier(self, consumer: Any, ends: list[TopicPartition]) -> list[TopicPartition]:
         """Where to begin so that no change is missed between the first snapshot and the first event."""
-        since_ms = int((time.time() - OVERLAP_S) * 1000)
+        since_ms = min(clock.now_ms() for clock in self._clocks) - int(1000 * OVERLAP_S)
         wanted = [TopicPartition(end.topic, end.partition, since_ms) for end in ends]
         found = consumer.offsets_for_times(wanted, timeout=ANSWER_WITHIN_S)
-        # Nothing that young yet: the end as it was before we asked.
-        return [each if each.offset >= 0 else end for each, end in zip(found, ends, strict=True)]
+        for each, end in zip(found, ends, strict=True):
+            # Nothing that young yet: the end as it was before we asked.
+            each.offset = max(each.offset, end.offset - MOST_OVERLAP) if each.offset >= 0 else end.offset
+        return list(found)
 
-    def _hand_over(self, records: list[Any]) -> None:
-        changed, oldest_ms = set(), None
+    def _hand_over(self, records: list[Any]) -> KafkaError | None:
+        """Tell the loop of the changes; returns what Kafka said instead of records."""
+        by_board: dict[str, Changes] = {}
+        began_ms: dict[str, int] = {}
+        failure = None
         for record in records:
-            if record.error() is not None:
-                _log.warning("Kafka: %s", record.error())
+            error = record.error()
+            if error is not None:
+                failure = error if error.code() != KafkaError._PARTITION_EOF else failure
                 continue
             try:
                 event = _decode_changed(record.value())
             except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
                 continue  # the persister counts and keeps what cannot be read
-            changed.add((event.board, event.player_id))
-            if event.at >= self._began_ms and (oldest_ms is None or event.at < oldest_ms):
-                oldest_ms = event.at
-        if changed and self._watched:
-            self._loop.call_soon_threadsafe(self._on_changed, changed, oldest_ms)
+            board, at_ms = event.board, event.at
+            changes = by_board.get(board)
+            if changes is None:
+                changes = by_board[board] = Changes(set(), None)
+                began_ms[board] = self._clock_of(board).at_ms(self._began_s)
+            changes.players.add(event.player_id)
+            if at_ms >= began_ms[board] and (changes.oldest_ms is None or at_ms < changes.oldest_ms):
+                changes.oldest_ms = at_ms
+        if by_board and self._watched:
+            self._loop.call_soon_threadsafe(self._on_changed, by_board)
+        return failure

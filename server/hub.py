@@ -53,8 +53,8 @@ class Watcher:
     """Messages of it that made no sense."""
     paid_until_ms: float = 0.0
     """Up to when its messages have used up what it may send (GCRA)."""
-    told_live: bool = True
-    """What it was last told about the board being live; silence means that it is."""
+    told_trouble: str = ""
+    """Why it was last told that the board is not live; silence means that it is."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)

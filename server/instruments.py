@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import itertools
 import math
-import time
 from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -94,11 +93,6 @@ class Answers:
         self.problems: defaultdict[str, int] = defaultdict(int)
         """By the last part of their type."""
         self.seconds = Histogram(LATENCY_BOUNDS_S)
-
-
-def age_s(unix_ms: int | None) -> float:
-    """How long ago that was; 0 for None, and for what a clock that is ahead has written."""
-    return 0.0 if unix_ms is None else max(0.0, time.time() - unix_ms / 1000)
 
 
 def counter(name: str, meaning: str, value: float) -> Metric:

@@ -18,9 +18,9 @@ from server.admission import Admission
 from server.auth import Authenticator, ClientAddress
 from server.config import Settings
 from server.errors import CloseCode, Problem
-from server.event_feed import EventFeed
+from server.event_feed import Changes, EventFeed
 from server.hub import Hub, Publish, Read, Send, Shard, Watcher
-from server.instruments import LATENCY_BOUNDS_S, Histogram, age_s
+from server.instruments import LATENCY_BOUNDS_S, Histogram
 from server.keys import BoardsKeys
 from server.messages import error_message, status_message
 from server.pages import entries_of
@@ -49,7 +49,7 @@ SEND_S: Final = 0.000_005
 
 TICK_S: Final = 1.0
 READ_RETRY_MS: Final = 250
-STALE_OUTBOX_MS: Final = 2000
+STALE_OUTBOX_S: Final = 2.0
 """Age of the outbox's oldest entry at which events count as not arriving."""
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class Live:
     def __init__(
         self, settings: Settings, keys: BoardsKeys, scores: Scores | Shards, authenticator: Authenticator
     ) -> None:
-        self.is_live = False  # until Kafka was reached
+        self.trouble = "Kafka was not reached yet"
+        """Why changes do not arrive as they happen, in words that everybody may read; empty when they do."""
         self.resyncs = 0
         self.dismissed = 0
         self.changes = 0
@@ -75,10 +76,15 @@ class Live:
         self._admission = Admission(settings.live_max_connections, settings.live_max_per_ip)
         self._hub = Hub(settings.live_interval_ms)
         self._loop = asyncio.get_running_loop()
-        self._feed = EventFeed(settings, self.changed, self.read_all_again)
+        self._feed = EventFeed(settings, scores.clocks, scores.clock_of, self.changed, self.read_all_again)
         self._publish_to_topic: Any = None
         self._flushing = False
         self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether changes arrive as they happen."""
+        return not self.trouble
 
     @property
     def connections(self) -> int:
@@ -195,12 +201,13 @@ class Live:
 
     # ------------------------------------------------------------------ changes
 
-    def changed(self, changes: set[tuple[str, str]], oldest_ms: int | None) -> None:
-        """Events for these (board, player) arrived, the oldest of them applied at that Unix time."""
-        self.changes += len(changes)
-        if oldest_ms is not None:
-            self.feed_delay_s.observe(age_s(oldest_ms))
-        self._hub.mark(changes, oldest_ms)
+    def changed(self, changes: dict[str, Changes]) -> None:
+        """Events for these boards arrived."""
+        for board, each in changes.items():
+            self.changes += len(each.players)
+            if each.oldest_ms is not None:
+                self.feed_delay_s.observe(self._scores.clock_of(board).age_s(each.oldest_ms))
+            self._hub.mark(((board, player) for player in each.players), each.oldest_ms)
         self._schedule()
 
     def read_all_again(self) -> None:
@@ -215,18 +222,24 @@ class Live:
             self.dismissed += 1
             watcher.connection.dismiss(CloseCode.TRY_AGAIN_LATER, b"reads too slowly")
         self._sweeping = self._loop.create_task(self._sweep())
-        oldest_ms = self._scores.outbox_oldest_ms
-        stale = oldest_ms is not None and time.time() * 1000 - oldest_ms > STALE_OUTBOX_MS
-        is_live = self._feed.connected and self._scores.epoch is not None and not stale
-        if is_live != self.is_live:
-            self.is_live = is_live
+        before, self.trouble = self.trouble, self._what_is_wrong()
+        if self.trouble != before:
             for shard in self._hub.shards:
-                self._publish_to_topic(shard.topic, status_message(is_live))
+                self._publish_to_topic(shard.topic, status_message(self.trouble))
                 for watcher in shard.watchers:
-                    watcher.told_live = is_live
+                    watcher.told_trouble = self.trouble
+        if self.trouble or before:
             self.read_all_again()
-        elif not is_live:
-            self.read_all_again()
+
+    def _what_is_wrong(self) -> str:
+        if self._feed.trouble:
+            return self._feed.trouble
+        if self._scores.epoch is None:
+            return "Redis is away, or being verified or rebuilt"
+        since_s = self._scores.outbox_since_s
+        if since_s is not None and time.monotonic() - since_s > STALE_OUTBOX_S:
+            return "changes wait in Redis for Kafka: is the relay or Kafka down?"
+        return ""
 
     # ------------------------------------------------------------------ flushing
 
@@ -288,8 +301,9 @@ class Live:
                 self._hub.abandon(read.board)
                 continue
             top, scores = entries_of(listed), dict(_present(read.players, found))
+            now_ms = self._scores.clock_of(read.board).now_ms()
             turn_s = time.perf_counter()
-            for number, step in enumerate(self._hub.publish(read.board, top, scores, int(time.time() * 1000))):
+            for number, step in enumerate(self._hub.publish(read.board, top, scores, now_ms)):
                 self._carry_out(step)
                 if isinstance(step, Publish):
                     busy_s += len(step.shard.watchers) * SEND_S
@@ -324,9 +338,9 @@ class Live:
             self._tell_status(watcher)  # it may have changed while this one lagged
 
     def _tell_status(self, watcher: Watcher) -> None:
-        if watcher.told_live != self.is_live:
-            watcher.told_live = self.is_live
-            watcher.connection.send(status_message(self.is_live))
+        if watcher.told_trouble != self.trouble:
+            watcher.told_trouble = self.trouble
+            watcher.connection.send(status_message(self.trouble))
 
     def _drop_lagging(self, shard: Shard) -> None:
         """Stop publishing to those who do not keep up: uWebSockets drops what is too much without a word.

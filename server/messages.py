@@ -49,9 +49,11 @@ def skipped_message(count: int) -> bytes:
     return _encode({"type": "scoreUpdatesSkipped", "count": count})
 
 
-def status_message(live: bool) -> bytes:
-    """Whether changes reach watchers as they happen."""
-    return _encode({"type": "status", "live": live})
+def status_message(trouble: str) -> bytes:
+    """Whether changes reach watchers as they happen, and if not, why."""
+    return _encode(
+        {"type": "status", "live": False, "detail": trouble} if trouble else {"type": "status", "live": True}
+    )
 
 
 def error_message(detail: str) -> bytes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from server.instruments import age_s, answers, counter, gauge, histogram
+from server.instruments import answers, counter, gauge, histogram
 from server.live import Live
 from server.scores import Scores
 from server.shards import Shards
@@ -39,7 +40,8 @@ class ServerMetrics(Collector):
         yield gauge("scoreboard_outbox_bytes", "What Redis holds for Kafka.", scores.outbox_bytes)
         used = scores.outbox_used
         yield gauge("scoreboard_outbox_used_ratio", "Part of OUTBOX_MAX_BYTES in use; above 1 updates stop.", used)
-        oldest_s = age_s(scores.outbox_oldest_ms)
+        since_s = scores.outbox_since_s
+        oldest_s = 0.0 if since_s is None else max(0.0, time.monotonic() - since_s)
         yield gauge("scoreboard_outbox_oldest_age_seconds", "Age of what is owed to Kafka for longest.", oldest_s)
         yield counter("scoreboard_rebuilds", "Times that this server rebuilt Redis.", figures.rebuilds)
         yield counter("scoreboard_replays", "Times that it gave Redis back what that had lost.", figures.replays)

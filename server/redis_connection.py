@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 
 import hiredis
@@ -67,6 +67,15 @@ class RedisConnection(asyncio.Protocol):
             return
         self._waiting.append(on_reply)
         self._transport.write(command)
+
+    def send_all(self, commands: bytes, on_replies: Iterable[OnReply]) -> None:
+        """Send packed commands in one piece; each of `on_replies`, one a command, is called exactly once, in order."""
+        if self._transport is None:
+            for on_reply in on_replies:
+                on_reply(ConnectionError("connection to Redis lost"))
+            return
+        self._waiting.extend(on_replies)
+        self._transport.write(commands)
 
     def close(self) -> None:
         """Drop the connection at once; whoever waits gets a ConnectionError, in a later loop turn."""

@@ -241,7 +241,7 @@ class Routes:
                 read = {"ok": False, "detail": f"neither Redis nor the database can be read: {type(error).__name__}"}
         ready = read["ok"] and not self._server.draining
         body = {"ready": ready, "draining": self._server.draining, "read": read, "write": write}
-        body["live"] = {"ok": live.is_live}
+        body["live"] = {"ok": live.is_live, **({"detail": live.trouble} if live.trouble else {})}
         head = OK if ready else b"503 Service Unavailable\r\nRetry-After: 1"
         request.answer(head, _encode(body))
 

@@ -25,7 +25,9 @@ from server.events import MAX_BATCH
 from server.instruments import RedisFigures
 from server.key_types import HASH, SORTED_SET, STREAM, wrong_types
 from server.keys import Keys
+from server.outbox_age import OutboxAge
 from server.pages import Page, Pages, entries_of, page_json
+from server.redis_clock import RedisClock
 from server.redis_connection import RedisConnection, open_connection, pack
 from server.slots import Address, is_elsewhere
 
@@ -101,7 +103,7 @@ class Scores:
         self.epoch: str | None = None
         self.reason = "not connected to Redis yet"
         self.outbox_bytes = 0
-        self.outbox_oldest_ms: int | None = None
+        self.clock = RedisClock()
         self.figures = figures or RedisFigures()
         self._slow_s = settings.slow_request_s
         self._settings = settings
@@ -112,6 +114,8 @@ class Scores:
         self._on_page = on_page
         self._deadline_s = settings.request_deadline_ms / 1000
         self._script = Script(settings, keys)
+        self._ask_epoch = pack(("HGET", keys.ready, "epoch"))
+        self._outbox_age = OutboxAge(self.clock)
         self._locate = locate
         self._place = settings.redis_host
         """For messages."""
@@ -138,6 +142,20 @@ class Scores:
     def outbox_used(self) -> float:
         """How much of OUTBOX_MAX_BYTES it takes; above 1 it is full."""
         return self.outbox_bytes / self._settings.outbox_max_bytes
+
+    @property
+    def outbox_since_s(self) -> float | None:
+        """Since when, by the monotonic clock, the outbox's oldest entry waits; None when there is none."""
+        return self._outbox_age.since_s
+
+    @property
+    def clocks(self) -> list[RedisClock]:
+        """The only one."""
+        return [self.clock]
+
+    def clock_of(self, board: str) -> RedisClock:
+        """The clock that the events of this board, as of any other, carry the time of."""
+        return self.clock
 
     # ------------------------------------------------------------------ what the rest of the server calls
 
@@ -190,20 +208,15 @@ class Scores:
 
     def read(self, commands: list[BoardCommand], on_replies: Callable[[list[Any] | None], None]) -> None:
         """Run read commands in one go; `on_replies` gets all replies, or None when Redis cannot be read."""
-        connection = self._connection
-        if self.epoch is None or connection is None:
+        if self.epoch is None or self._connection is None:
             on_replies(None)
             return
-        replies: list[Any] = []
 
-        def collect(reply: Any) -> None:
-            replies.append(reply)
-            if len(replies) == len(commands):
-                failed = any(isinstance(reply, Exception) for reply in replies)
-                on_replies(None if failed else replies)
+        def check(replies: list[Any] | None) -> None:
+            failed = replies is None or any(isinstance(reply, Exception) for reply in replies)
+            on_replies(None if failed else replies)
 
-        for _, command in commands:
-            connection.send(pack(command), collect)
+        self._send_reads([pack(command) for _, command in commands], check)
 
     # ------------------------------------------------------------------ batches
 
@@ -220,9 +233,9 @@ class Scores:
         for lane in self._lanes.values():
             if lane.waiting.waiters and lane.in_flight is None:
                 self._send_batch(lane)
-        for page in self._pages:
-            if page.waiters and not page.in_flight:
-                self._send_read(page)
+        pages = [page for page in self._pages if page.waiters and not page.in_flight]
+        if pages:
+            self._read_pages(pages)
 
     def _send_batch(self, lane: Lane) -> None:
         updates, lane.waiting = lane.waiting, Updates()
@@ -284,15 +297,43 @@ class Scores:
         for waiter in batch.waiters:
             self._on_problem(waiter, problem)
 
-    # ------------------------------------------------------------------ pages
+    # ------------------------------------------------------------------ reads
 
-    def _send_read(self, page: Page) -> None:
-        assert self._connection is not None
-        readers, page.waiters = page.waiters, []
-        page.in_flight, page.sent_s = readers, time.monotonic()
-        for reader in readers:
-            reader.depart()
-        self._connection.send(page.command, lambda reply: self._on_page_reply(page, readers, reply))
+    def _send_reads(self, commands: list[bytes], on_replies: Callable[[list[Any] | None], None]) -> None:
+        """Send packed commands; `on_replies` gets their replies, or None if the boards were not whole then.
+
+        A rebuild takes the marker away first and sets it last, and epochs only rise. So the question behind the reads
+        answers for all of them: an epoch that is ours still was ours before.
+        """
+        connection, epoch = self._connection, self.epoch
+        assert connection is not None
+        replies: list[Any] = []
+
+        def check(found: Any) -> None:
+            on_replies(replies if self._is_current(found, epoch) else None)
+
+        connection.send_all(b"".join((*commands, self._ask_epoch)), (*[replies.append] * len(commands), check))
+
+    def _is_current(self, found: Any, epoch: str | None) -> bool:
+        if epoch is not None and found == epoch.encode():
+            return True
+        if epoch == self.epoch and not isinstance(found, Exception):  # an older one is no news
+            self._suspect("Redis has no scoreboard of this epoch")
+        return False
+
+    def _read_pages(self, pages: list[Page]) -> None:
+        reads: list[tuple[Page, list[Any]]] = []
+        for page in pages:
+            readers, page.waiters = page.waiters, []
+            page.in_flight, page.sent_s = readers, time.monotonic()
+            for reader in readers:
+                reader.depart()
+            reads.append((page, readers))
+        self._send_reads([page.command for page in pages], lambda replies: self._on_page_replies(reads, replies))
+
+    def _on_page_replies(self, reads: list[tuple[Page, list[Any]]], replies: list[Any] | None) -> None:
+        for (page, readers), reply in zip(reads, replies or [None] * len(reads), strict=True):
+            self._on_page_reply(page, readers, reply)
 
     def _on_page_reply(self, page: Page, readers: list[Any], reply: Any) -> None:
         if page.in_flight is readers:  # else all of them were late, and others asked anew
@@ -346,6 +387,7 @@ class Scores:
 
     def _go(self, epoch: str) -> None:
         self.epoch, self.reason, self._ready_since_s = epoch, "", time.monotonic()
+        self._outbox_age.forget()
         _log.info("Redis is verified, epoch %s%s", epoch, f", hash tag {self._keys.tag}" if self._keys.tag else "")
         for lane in self._lanes.values():
             if lane.in_flight is not None:
@@ -364,15 +406,26 @@ class Scores:
 
     async def _look(self, connection: RedisConnection) -> None:
         async with asyncio.timeout(self._deadline_s):
+            asked_s = time.monotonic()
+            self.clock.learn(await connection.execute("TIME"), asked_s, time.monotonic())
             epoch = await connection.execute("HGET", self._keys.ready, "epoch")
             self.outbox_bytes = await connection.execute("MEMORY", "USAGE", self._keys.outbox) or 0
-            oldest = await connection.execute("XRANGE", self._keys.outbox, "-", "+", "COUNT", 1)
+            await self._look_at_outbox(connection)
             if self._keys.tag and epoch is not None:
                 keys = self._keys.outbox, self._keys.ready
                 await connection.execute("EVAL", _ADVANCE, 2, *keys, self.epoch or "", QUIET_MS)
-        self.outbox_oldest_ms = int(oldest[0][0].split(b"-")[0]) if oldest else None
         if self.epoch is not None and epoch != self.epoch.encode():
             self._suspect("Redis has no scoreboard of this epoch")
+
+    async def _look_at_outbox(self, connection: RedisConnection) -> None:
+        try:
+            state = await connection.execute("XINFO", "STREAM", self._keys.outbox)
+        except hiredis.ReplyError as error:
+            if "no such key" not in str(error):
+                raise
+            state = [b"first-entry", None, b"last-generated-id", b"0-0"]
+        oldest, last = (state[state.index(name) + 1] for name in (b"first-entry", b"last-generated-id"))
+        self._outbox_age.look(oldest[0] if oldest else None, last, time.monotonic())
 
     def _suspect(self, why: str) -> None:
         """Drop the connection, so that the next one is verified anew."""

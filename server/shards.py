@@ -14,6 +14,7 @@ from typing import Any
 from server.batches import IdempotencyKey
 from server.instruments import RedisFigures
 from server.keys import tag_of
+from server.redis_clock import RedisClock
 from server.scores import BoardCommand, Reader, Scores, Waiter
 
 
@@ -55,10 +56,18 @@ class Shards:
         return sum(shard.outbox_bytes for shard in self._all)
 
     @property
-    def outbox_oldest_ms(self) -> int | None:
-        """Unix time of the oldest entry in any outbox."""
-        times_ms = [shard.outbox_oldest_ms for shard in self._all if shard.outbox_oldest_ms is not None]
-        return min(times_ms, default=None)
+    def outbox_since_s(self) -> float | None:
+        """Since when the oldest entry in any outbox waits; see Scores."""
+        return min((shard.outbox_since_s for shard in self._all if shard.outbox_since_s is not None), default=None)
+
+    @property
+    def clocks(self) -> list[RedisClock]:
+        """Of all masters."""
+        return [shard.clock for shard in self._all]
+
+    def clock_of(self, board: str) -> RedisClock:
+        """The clock that a board's events carry the time of, each master having its own."""
+        return self._by_board.get(board, self._all[0]).clock
 
     @property
     def figures(self) -> RedisFigures:

@@ -28,6 +28,7 @@ from sync import dead_letters, store, topics
 from sync.metrics import PersisterMetrics, RelayMetrics
 from sync.persister import Persister
 from sync.reconcile import Reconciliation
+from sync.redis_time import RedisTime
 from sync.relay import Relays
 from sync.waiting import Outage, Stop
 
@@ -203,7 +204,8 @@ def _relay(settings: Settings, stop: Stop) -> None:
 def _persister(settings: Settings, stop: Stop) -> None:
     persister, port = Persister(settings, stop), settings.persister_metrics_port
     if port:
-        Metrics(PersisterMetrics(persister)).serve(settings.metrics_host, port, "PERSISTER_METRICS_PORT")
+        redis_time = RedisTime(settings, persister.clock)
+        Metrics(PersisterMetrics(persister, redis_time)).serve(settings.metrics_host, port, "PERSISTER_METRICS_PORT")
     ready = _when_there(persister.kafka_outage, lambda: topics.ensure_topics(settings), stop) and _when_there(
         persister.database_outage, lambda: store.migrate(settings.database_url, settings.history_days), stop
     )

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from server.instruments import age_s, counter, gauge, histogram
+from server.instruments import counter, gauge, histogram
 from sync.persister import Persister
+from sync.redis_time import RedisTime
 from sync.relay import Relays
 
 
@@ -31,8 +32,7 @@ class RelayMetrics(Collector):
         yield gauge("scoreboard_relay_lease_held", "Outboxes of which this relay has the lease.", held)
         entries = sum(relay.outbox_entries for relay in relays)
         yield gauge("scoreboard_relay_outbox_entries", "Entries in the outboxes that it relays.", entries)
-        oldest = [relay.oldest_entry for relay in relays]
-        lag_s = max(age_s(int(entry.split("-")[0]) if entry else None) for entry in oldest)
+        lag_s = max(relay.lag_s for relay in relays)
         yield gauge("scoreboard_relay_lag_seconds", "Age of the oldest entry not confirmed by Kafka; 0: none.", lag_s)
         redis_up = not any(relay.redis_outage.goes_on for relay in relays)
         yield gauge("scoreboard_relay_redis_up", "Whether Redis answered when it was last needed.", redis_up)
@@ -43,18 +43,20 @@ class RelayMetrics(Collector):
 class PersisterMetrics(Collector):
     """Collects the figures of a persister process."""
 
-    def __init__(self, persister: Persister) -> None:
+    def __init__(self, persister: Persister, redis_time: RedisTime) -> None:
         self._persister = persister
+        self._redis_time = redis_time
 
     def collect(self) -> Iterator[Metric]:
         """prometheus_client: all metrics of ours."""
         it = self._persister
+        self._redis_time.ask()
         yield counter("scoreboard_persister_events", "Events stored that were not stored before.", it.persisted_events)
         yield histogram("scoreboard_persister_batch_events", "Events in a batch for the database.", it.batch_events)
         yield histogram("scoreboard_persister_batch_seconds", "What the database took for a batch.", it.batch_s)
         yield gauge("scoreboard_persister_lag_events", "Records to the end of what it reads from Kafka.", it.lag_events)
         # In this order: the persister sets the one before it clears the other.
-        lag_s = max(age_s(it.in_hand_since_ms), age_s(it.behind_since_ms))
+        lag_s = max(it.clock.age_s(it.in_hand_since_ms), it.clock.age_s(it.behind_since_ms))
         yield gauge("scoreboard_persister_lag_seconds", "Age of the oldest event not stored; 0: none.", lag_s)
         yield counter("scoreboard_persister_dead_letters", "Records put aside: they cannot be stored.", it.dead_letters)
         voids = it.void_events

@@ -6,6 +6,7 @@ rest; both lead to one Redis process. Knows nothing of Kafka, nor of what an ent
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -17,6 +18,7 @@ from server.config import Settings
 from server.events import MEMORY_FIELD, OUTBOX_FIELD
 from server.fences import MOST_DIGITS
 from server.keys import Keys
+from server.redis_clock import RedisClock
 from server.slots import Address
 
 ENTRIES_AT_FIRST: Final = 16
@@ -100,6 +102,11 @@ class Outbox:
     def length(self) -> int:
         """How many entries there are."""
         return int(self._client.xlen(self._keys.outbox))
+
+    def ask_time(self, clock: RedisClock) -> None:
+        """Set a clock by which the ages of entries are told."""
+        asked_s = time.monotonic()
+        clock.learn(self._client.time(), asked_s, time.monotonic())
 
     def close(self) -> None:
         """Give up the connections."""

@@ -20,7 +20,8 @@ from server.config import Settings
 from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, decode_event, memory_of_headers
 from server.fences import Fences
 from server.instruments import Histogram
-from server.kafka_clients import headers_of
+from server.kafka_clients import headers_of, is_refusal
+from server.redis_clock import RedisClock
 from sync.chain import Chain
 from sync.dead_letters import DeadLetters
 from sync.kafka import new_consumer
@@ -69,10 +70,12 @@ class Persister:
         """Of the partitions we read, as far as Kafka has told of their ends."""
         self.in_hand_since_ms: int | None = None
         """When the oldest event that is in hand was made, or one of the oldest."""
-        self.behind_since_ms: int | None = _now_ms()
+        self.clock = RedisClock()
+        """What the times of events are compared with."""
+        self.behind_since_ms: int | None = self.clock.now_ms()
         """Since when there is something to read that has not come, or it is not known what there is to read."""
         self.database_outage = Outage("the database", _log)
-        self.kafka_outage = Outage("Kafka", _log)
+        self.kafka_outage = Outage("Kafka", _log, is_refusal)
         self._settings = settings
         self._stop = stop
         self._store = Store(settings.database_url)
@@ -129,7 +132,7 @@ class Persister:
         consumer.unassign()
         self._unplaced = None
         self._next_offsets = None
-        self.behind_since_ms = self.behind_since_ms or _now_ms()
+        self.behind_since_ms = self.behind_since_ms or self.clock.now_ms()
 
     def _step(self) -> None:
         if self._unplaced is not None:
@@ -137,7 +140,8 @@ class Persister:
         records = self._take_early() + self._consumer.consume(BATCH_EVENTS, GATHER_S)
         if records:
             looked_at = (*records[::LOOK_AT_EACH], records[-1])
-            times_ms = [record.timestamp()[1] for record in looked_at if record.error() is None]
+            now_ms = self.clock.now_ms()  # ids may be in the future, but nothing was made later than it came
+            times_ms = [min(record.timestamp()[1], now_ms) for record in looked_at if record.error() is None]
             self.in_hand_since_ms = min(times_ms, default=None)
             self._settle(records)
             # What comes next is about as old as the last of these: a lag is not gone between two batches.
@@ -158,7 +162,7 @@ class Persister:
             self._ends[partition] = max(end, self._ends.get(partition, 0))
             lag += max(0, self._ends[partition] - next_offset)
         self.lag_events = lag
-        self.behind_since_ms = (self.behind_since_ms or _now_ms()) if lag else None
+        self.behind_since_ms = (self.behind_since_ms or self.clock.now_ms()) if lag else None
 
     def _tidy(self) -> None:
         """Drop some of the history that is old enough, and all of it by and by."""
@@ -324,7 +328,3 @@ class Persister:
     def _take_early(self) -> list[Message]:
         early, self._early = self._early, []
         return early
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

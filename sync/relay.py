@@ -31,7 +31,9 @@ from server.events import (
     memories_of_entry,
 )
 from server.fences import EPOCH_HEADER, TAG_HEADER
+from server.kafka_clients import is_refusal, refusal
 from server.keys import Keys
+from server.redis_clock import RedisClock
 from sync.kafka import MAX_IN_FLIGHT, new_producer
 from sync.lease import RENEW_EVERY_S, Lease
 from sync.outbox import Entry, Outbox
@@ -120,12 +122,29 @@ class Relay:
         """As of a moment ago; 0 while another relay has the lease."""
         self.oldest_entry: str | None = None
         """The first one that Kafka has not confirmed, as far as we have read; kept while Redis is away."""
+        self.oldest_since_s = time.monotonic()
+        """Since when that is the first one, by the monotonic clock."""
+        self.clock = RedisClock()
         self._settings = settings
         self._keys = keys or Keys(settings.redis_key_prefix)
         self._stop = stop
         self._token = secrets.token_hex(16)  # one for good: after an outage our own lease keeps nobody waiting
         self.redis_outage = Outage(f"Redis with hash tag {self._keys.tag}" if self._keys.tag else "Redis", _log)
-        self.kafka_outage = Outage("Kafka", _log)
+        self.kafka_outage = Outage("Kafka", _log, is_refusal)
+
+    @property
+    def lag_s(self) -> float:
+        """Age of the oldest entry; one with an id in the future is at least as old as it is the oldest."""
+        entry_id = self.oldest_entry
+        if entry_id is None:
+            return 0.0
+        return max(self.clock.age_s(int(entry_id.split("-")[0])), time.monotonic() - self.oldest_since_s)
+
+    def note_oldest(self, entry_id: str | None) -> None:
+        """Take the first entry that Kafka has not confirmed; a new turn may find the one that was it before."""
+        if entry_id != self.oldest_entry:
+            self.oldest_since_s = time.monotonic()  # first, for another thread reads both
+            self.oldest_entry = entry_id
 
     def run(self) -> None:
         """Return when asked to stop, with everything confirmed trimmed and the lease given back."""
@@ -266,7 +285,7 @@ class _Turn:
     def _produce(self, entry: Entry) -> None:
         if not self._owed:
             self._progress_at = time.monotonic()
-            self._relay.oldest_entry = entry.entry_id
+            self._relay.note_oldest(entry.entry_id)
         try:
             if entry.payload is None:
                 raise BadEvent("expected the field `batch`")
@@ -323,19 +342,22 @@ class _Turn:
             self._relay.kafka_outage.failed(f"nothing confirmed for {SILENT_AFTER_S:.0f} s")
 
     def _count(self) -> None:
+        self._outbox.ask_time(self._relay.clock)
         self._relay.outbox_entries = self._outbox.length()
         if not self._relay.outbox_entries and not self._owed:
-            self._relay.oldest_entry = None  # another relay may have dealt with what we left
+            self._relay.note_oldest(None)  # another relay may have dealt with what we left
 
     def _collect(self, now: float) -> None:
-        owed = self._owed
+        owed, confirmed = self._owed, None
         while owed and not owed[0].unconfirmed:
-            self._done_through = owed.popleft().entry_id
-            self._relay.oldest_entry = owed[0].entry_id if owed else None
+            confirmed = owed.popleft().entry_id
+        if confirmed is not None:
+            self._done_through = confirmed
+            self._relay.note_oldest(owed[0].entry_id if owed else None)
             self._progress_at = now
             self._relay.kafka_outage.over()
         if owed and owed[0].error is not None:
-            raise KafkaException(owed[0].error)
+            raise KafkaException(refusal(owed[0].error) or owed[0].error)
 
     def _trim(self) -> None:
         assert self._done_through is not None  # called when there is something to trim

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Callable
 from typing import Final
 
 FIRST_DELAY_S: Final = 0.1
@@ -37,24 +38,33 @@ class Stop:
 
 
 class Outage:
-    """A service that may be away: logged when it goes and when it is back, not at every try in between."""
+    """A service that may be away: logged when it goes and when it is back, not at every try in between.
 
-    def __init__(self, service: str, log: logging.Logger) -> None:
+    One that answers, but refuses what it is asked for, is called that, also when it was away before.
+    """
+
+    def __init__(self, service: str, log: logging.Logger, is_refusal: Callable[[object], bool] | None = None) -> None:
+        """`is_refusal` tells which errors are the service's answers."""
         self._service = service
         self._log = log
+        self._is_refusal = is_refusal or (lambda _: False)
         self._began_at: float | None = None
+        self._refused = False
         self._delay_s = FIRST_DELAY_S
 
     @property
     def goes_on(self) -> bool:
-        """Whether the service did not answer when it was last needed."""
+        """Whether the service did not answer, or refused, when it was last needed."""
         return self._began_at is not None
 
     def failed(self, error: object) -> float:
         """Note a try that failed; returns the seconds to wait before the next, with jitter."""
-        if self._began_at is None:
-            self._began_at = time.monotonic()
-            self._log.warning("%s does not answer, trying on: %s", self._service, str(error).strip())
+        refused = self._is_refusal(error)
+        if self._began_at is None or (refused and not self._refused):
+            self._began_at = self._began_at or time.monotonic()
+            self._refused = refused
+            does = "refuses" if refused else "does not answer"
+            self._log.warning("%s %s, trying on: %s", self._service, does, str(error).strip())
         delay_s = self._delay_s
         self._delay_s = min(2 * delay_s, LONGEST_DELAY_S)
         return delay_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter, not a secret)
@@ -64,4 +74,5 @@ class Outage:
         if self._began_at is not None:
             self._log.info("%s answers again after %.1f s", self._service, time.monotonic() - self._began_at)
             self._began_at = None
+            self._refused = False
             self._delay_s = FIRST_DELAY_S

@@ -10,7 +10,7 @@ from typing import Any
 import psycopg
 import pytest
 import redis as redis_client
-from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
 
 from server.check import Finding, State, check_files, judge_redis, look_at
 from server.config import Settings, load
@@ -19,7 +19,7 @@ from sync.store import migrate
 from sync.topics import ensure_topics
 from tests.client import connect
 from tests.databases import database_of
-from tests.services import JWT_SECRET, ROOT, KafkaBroker, environment
+from tests.services import JWT_SECRET, ROOT, KafkaBroker, environment, wait_until
 
 HEALTHY = {
     "redis_version": "7.2.4",
@@ -187,6 +187,26 @@ def test_topics_that_differ_from_the_settings_are_warned_of(kafka_broker: KafkaB
     ]
     three = bad(look_at("Kafka", load({**environ, "KAFKA_PARTITIONS": "2", "KAFKA_REPLICATION": "3"})))
     assert (State.WARN, f"{kafka_topic}: 2 partition(s), each on 1 broker(s)") in three
+
+
+@pytest.mark.kafka
+def test_topics_that_bound_the_time_of_records_are_warned_of(kafka_broker: KafkaBroker, kafka_topic: str) -> None:
+    environ = {"KAFKA_BROKERS": kafka_broker.brokers, "KAFKA_TOPIC": kafka_topic}
+    admin, letters = AdminClient({"bootstrap.servers": kafka_broker.brokers}), f"{kafka_topic}.dead-letter"
+    for future in admin.create_topics([NewTopic(kafka_topic, 8), NewTopic(letters, 1)]).values():
+        future.result(10)
+    may_refuse = "may refuse records while a clock is ahead, or change their time"
+    found = list(look_at("Kafka", load(environ)))
+    warned = {finding.found: finding.advice for finding in found if may_refuse in finding.found}
+    assert list(warned) == [f"{name}: {may_refuse}" for name in (kafka_topic, letters)]
+    assert all("message.timestamp.after.max.ms=9223372036854775807" in advice for advice in warned.values())
+    ensure_topics(load(environ))
+    well = [(State.OK, f"{name}: takes records of any time") for name in (kafka_topic, letters)]
+    wait_until(
+        lambda: (
+            [(each.state, each.found) for each in look_at("Kafka", load(environ)) if "any time" in each.found] == well
+        )
+    )
 
 
 @pytest.mark.postgres

@@ -9,12 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients", "slots", "instruments", "logs",
-    "machine",
+    "machine", "redis_clock",
 }  # fmt: skip
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
-    "shards", "topology", "answers", "uws_native", "queries", "key_types",
+    "shards", "topology", "answers", "uws_native", "queries", "key_types", "outbox_age",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild", "metrics"}
 PROCESSES = {"supervisor", "embedded", "workers", "health"}  # child processes: apart from everything that serves

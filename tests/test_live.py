@@ -18,7 +18,18 @@ from confluent_kafka import Producer
 from server.embedded import RedisServer, free_port
 from server.events import ScoreEvent, encode_event
 from sync import topics
-from tests.client import assert_problem, connect, get, metric, new_player, post, token, trust, wait_until_writable
+from tests.client import (
+    assert_problem,
+    can_write,
+    connect,
+    get,
+    metric,
+    new_player,
+    post,
+    token,
+    trust,
+    wait_until_writable,
+)
 from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
 from tests.wire import Answer, Wire, once
 
@@ -499,15 +510,98 @@ def test_board_is_called_stale_while_the_outbox_is_not_emptied_and_still_moves(w
     with Watcher(world.server) as watcher:
         watcher.message()
         assert post(world.server, player, 5).status == 200  # nobody relays it
-        assert watcher.until(type="status") == {"type": "status", "live": False}
-        with Watcher(world.server) as late:
-            assert late.until(type="status")["live"] is False
-            assert late.until(type="leaderboardUpdate")
+        late = "changes wait in Redis for Kafka: is the relay or Kafka down?"
+        assert watcher.until(type="status") == {"type": "status", "live": False, "detail": late}
+        assert get(world.server, "/readyz").json()["live"] == {"ok": False, "detail": late}
+        with Watcher(world.server) as other:
+            assert other.until(type="status")["live"] is False
+            assert other.until(type="leaderboardUpdate")
         world.set_scores(zoe=99)  # without a word, and without an event
         assert ("zoe", 99) in scores_of(wait_for_list(watcher, "zoe"))
         with connect(world.redis) as client:
             client.xtrim("outbox", maxlen=0, approximate=False)
         assert watcher.until(type="status")["live"] is True
+
+
+def test_entry_from_the_future_that_does_not_move_makes_the_board_stale(world: World) -> None:
+    with Watcher(world.server) as watcher, connect(world.redis) as client:
+        watcher.message()
+        future_ms = (client.time()[0] + 7200) * 1000
+        client.xadd("outbox", {"batch": b"nobody relays it"}, id=f"{future_ms}-0")
+        assert watcher.until(type="status")["live"] is False
+        client.xtrim("outbox", maxlen=0, approximate=False)
+        assert watcher.until(type="status")["live"] is True
+        client.delete("outbox")  # or all later ids of this file would be in the future
+
+
+@pytest.mark.parametrize("ahead_s", [5, -5])
+def test_server_whose_clock_is_wrong_is_live_and_tells_true_delays(world: World, tmp_path: Path, ahead_s: int) -> None:
+    server = ServerProcess(tmp_path, {**world.settings, "PYTHONPATH": str(clock_ahead(tmp_path, ahead_s))})
+    relay = SyncProcess(world.directory, world.settings, "relay")
+    relay.start()
+    server.start()
+    try:
+        wait_until_writable(server)
+        wait_until(lambda: get(server, "/readyz").json()["live"]["ok"])
+        with Watcher(server) as watcher:
+            watcher.until(type="leaderboardUpdate")
+            delays = []
+            for number in range(10):
+                assert post(server, new_player(), 1000 + number).status == 200
+                delays.append(watcher.until(type="leaderboardUpdate").get("delayMs"))
+            told = sorted(delay for delay in delays if delay is not None)
+            # Half of them, since a busy machine may make some of them late.
+            assert 0 < told[len(told) // 2] < 2000
+            assert metric(server, "scoreboard_outbox_oldest_age_seconds") < 2
+            assert get(server, "/readyz").json()["live"] == {"ok": True}
+    finally:
+        server.stop()
+        relay.stop()
+
+
+def clock_ahead(directory: Path, ahead_s: float) -> Path:
+    """Where to look for modules first, to have a clock that is ahead of everybody's."""
+    (directory / "sitecustomize.py").write_text(
+        f"import time\nreal, real_ns = time.time, time.time_ns\ntime.time = lambda: real() + {ahead_s}\n"
+        f"time.time_ns = lambda: real_ns() + {ahead_s} * 10**9\n"
+    )
+    return directory
+
+
+# ---------------------------------------------------------------------- while another server rebuilds
+
+
+def test_half_rebuilt_board_is_shown_to_nobody(world: World) -> None:
+    whole = {f"player{number}": number for number in range(1, 6)}
+    top = sorted(whole.items(), key=lambda entry: -entry[1])
+    with Watcher(world.server, "players=player1") as watcher, connect(world.redis) as client:
+        world.change(**whole)
+        while scores_of(watcher.until(type="leaderboardUpdate")) != top:
+            pass
+        with client.pipeline() as together:  # as a server on another machine does that rebuilds
+            together.delete("scoreboard:ready", "leaderboard", *(f"player:{player}:score" for player in whole))
+            together.mset({"player:player1:score": 99})
+            together.zadd("leaderboard", {"player1": 99})
+            together.execute()
+        world.say(*whole)
+        watcher.ask(type="subscribe", players=["player1"])
+        with Watcher(world.server, "scores=none&players=player1") as late:
+            answer = get(world.server, "/leaderboard")
+            wait_until(lambda: not get(world.server, "/readyz").json()["live"]["ok"])
+            world.set_scores(**whole)
+
+            def is_whole_again() -> bool:
+                trust(client, 2)  # again and again: the server may be about to begin a rebuild of its own
+                return can_write(world.server)
+
+            wait_until(is_whole_again, 20)
+            assert answer.status == 503, "the database is away, too"
+            assert scores_of(late.until(type="leaderboardUpdate")) == top
+            assert late.until(type="scoreUpdate", playerId="player1")["newScore"] == 1
+            while (message := watcher.message()) != {"type": "status", "live": True}:
+                assert message.get("newScore") != 99
+                if message["type"] == "leaderboardUpdate":
+                    assert scores_of(message) == top
 
 
 def test_client_that_lagged_through_a_change_of_status_is_told(world: World) -> None:
@@ -538,10 +632,11 @@ def test_server_without_kafka_says_so_and_reads_once_a_second(
         server = ServerProcess(tmp_path, {"REDIS_PORT": str(redis.port), "KAFKA_BROKERS": f"127.0.0.1:{free_port()}"})
         server.start()
         try:
-            assert get(server, "/readyz").json()["live"] == {"ok": False}, "not even in its first second"
+            assert get(server, "/readyz").json()["live"]["ok"] is False, "not even in its first second"
             wait_until_writable(server)
             with Watcher(server) as watcher:
-                assert watcher.until(type="status")["live"] is False
+                while (status := watcher.until(type="status")).get("detail") != "Kafka does not answer":
+                    assert status["live"] is False
                 assert post(server, "ann", 5).status == 200
                 assert ("ann", 5) in scores_of(wait_for_list(watcher, "ann"))
         finally:

@@ -409,8 +409,11 @@ def test_delayed_board_says_so_until_it_is_live_again(page: Page, stand_in: Page
     visitor.show(("ann", 31))
     page.wait(f"{row('ann')}.querySelector('.total').textContent === '31'")
     assert page.evaluate(STATE) == "delayed"
+    visitor.say("status", live=False, detail="Kafka does not answer")
+    page.wait("document.getElementById('state').textContent === 'Delayed: Kafka does not answer'")
     visitor.say("status", live=True)
     page.wait(f"{STATE} === 'live'")
+    assert text_of(page, "state") == "Live"
 
 
 def test_resync_is_called_lagging_for_a_while(page: Page, stand_in: PageServer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,15 +11,24 @@ import msgspec
 import pytest
 import redis as redis_client
 from confluent_kafka import TIMESTAMP_CREATE_TIME, Message
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
 
 from server.config import Settings
 from server.embedded import RedisServer
 from server.events import decode_event
 from server.fences import EPOCH_HEADER
+from server.kafka_tail import KafkaTail
 from server.keys import Keys
+from sync.kafka import new_admin
 from sync.lease import Lease
 from sync.relay import Relay
-from sync.topics import ensure_topics, look_up
+from sync.topics import ensure_topics, look_up, times_refused
 from tests.odd_records import ODD_ENTRIES, owe_odd_entries
 from tests.services import KafkaBroker, SyncProcess, wait_until
 from tests.sync_parts import add_entries, add_entry, environment_of, limit_dead_letters, records_of, running
@@ -278,6 +289,109 @@ def test_entry_larger_than_the_dead_letter_topic_takes_is_cut(redis: redis_clien
     assert first_deliveries(records_of(settings)) == expected
     (letter,) = records_of(settings, settings.dead_letter_topic)
     assert 0 < len(letter) < 2000
+
+
+TWO_HOURS_MS = 2 * 3_600_000
+
+
+def add_future_entries(redis: redis_client.Redis) -> list[tuple[str, int]]:
+    """What a Redis leaves whose clock was two hours ahead: an id in the future, and others just above it."""
+    ms = redis.time()[0] * 1000 + TWO_HOURS_MS
+    payload = msgspec.msgpack.encode(["main", "ann", 1, 1])
+    redis.xadd("outbox", {"batch": payload}, id=f"{ms}-0")
+    later = add_entry(redis, [("ann", 1, 2)])
+    assert later == f"{ms}-1"
+    return [("ann", 1), ("ann", 2)]
+
+
+def bound_times(settings: Settings, **bounds: str) -> None:
+    """Set what the topics of an older version have, or what a broker has by default."""
+    admin = AdminClient({"bootstrap.servers": settings.kafka_brokers})
+    for name in (settings.kafka_topic, settings.dead_letter_topic):
+        entries = [
+            ConfigEntry(f"message.timestamp.{key}", value, incremental_operation=AlterConfigOpType.SET)
+            for key, value in bounds.items()
+        ]
+        topic = ConfigResource(ResourceType.TOPIC, name, incremental_configs=entries)
+        for future in admin.incremental_alter_configs([topic]).values():
+            future.result(10)
+
+
+HOUR_AHEAD = {"after.max.ms": "3600000"}
+
+
+def test_entries_from_the_future_are_relayed_and_found_by_time(redis: redis_client.Redis, settings: Settings) -> None:
+    expected = add_future_entries(redis)
+    redis.xadd("outbox", {"batch": b"no batch"})
+    with running(Relay, settings) as relay:
+        wait_until(outbox_is_empty(redis))
+        assert relay.turns_lost == 0
+    records = records_of(settings)
+    assert first_deliveries(records) == expected
+    ms = decode_event(records[0].value()).at
+    assert [record.timestamp() for record in records] == [(TIMESTAMP_CREATE_TIME, ms)] * 2
+    assert len(records_of(settings, settings.dead_letter_topic)) == 1
+    tail = KafkaTail(settings)
+    log = tail.describe()
+    assert log is not None
+    now_ms, partition = redis.time()[0] * 1000, records[0].partition()
+    for at_ms in (now_ms - 900_000, now_ms, ms):  # what a rebuild and a replay ask for
+        assert tail.first_since(at_ms)[partition] == records[0].offset()
+    assert tail.first_since(ms + 1)[partition] == log.bounds[partition][1]
+    tail.close()
+
+
+@pytest.mark.parametrize("bounds", [HOUR_AHEAD, {"type": "LogAppendTime"}, {"before.max.ms": "1000"}])
+def test_topics_that_exist_take_records_of_any_time_from_the_next_start_on(
+    redis: redis_client.Redis, settings: Settings, bounds: dict[str, str]
+) -> None:
+    bound_times(settings, **bounds)
+    admin = new_admin(settings)
+    for name in (settings.kafka_topic, settings.dead_letter_topic):
+        assert set(times_refused(admin, name)) == {f"message.timestamp.{key}" for key in bounds}
+    ensure_topics(settings)
+    for name in (settings.kafka_topic, settings.dead_letter_topic):
+        wait_until(lambda name=name: not times_refused(admin, name))
+    expected = add_future_entries(redis)
+    with running(Relay, settings):
+        wait_until(outbox_is_empty(redis))
+    assert first_deliveries(records_of(settings)) == expected
+
+
+def test_refusal_by_kafka_is_called_one_with_its_reason_until_it_is_over(
+    redis: redis_client.Redis, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    bound_times(settings, **HOUR_AHEAD)
+    expected = add_future_entries(redis)
+    with running(Relay, settings) as relay:
+        refused = re.compile(
+            "Kafka refuses, trying on: .*time of records.*`scoreboard migrate`.*failed to validate record"
+        )
+        wait_until(lambda: refused.search(caplog.text), message=caplog.text)
+        assert redis.xlen("outbox") == 2
+        wait_until(lambda: relay.lag_s > 0)
+        ensure_topics(settings)
+        wait_until(outbox_is_empty(redis))
+        assert not relay.kafka_outage.goes_on
+        assert relay.lag_s == 0
+    assert "does not answer" not in caplog.text
+    assert first_deliveries(records_of(settings)) == expected
+
+
+def test_lag_is_measured_by_the_clock_of_redis(
+    redis: redis_client.Redis, settings: Settings, kafka_broker: KafkaBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: 5.0)
+    ms = redis.time()[0] * 1000 - 60_000
+    with running(Relay, settings) as relay:
+        wait_until(lambda: relay.holds_lease)
+        kafka_broker.pause()
+        try:
+            redis.xadd("outbox", {"batch": msgspec.msgpack.encode(["main", "ann", 1, 1])}, id=f"{ms}-0")
+            wait_until(lambda: 60 <= relay.lag_s < 3600)
+        finally:
+            kafka_broker.resume()
 
 
 def test_topics_are_made_once_and_stay_what_they_are(settings: Settings) -> None:

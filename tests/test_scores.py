@@ -271,6 +271,84 @@ def test_readers_of_one_turn_share_one_command(play: Callable[..., None]) -> Non
     play(scenario)
 
 
+def half_rebuild(redis: redis_client.Redis) -> None:
+    """What Redis looks like while another server rebuilds it."""
+    with redis.pipeline() as together:
+        together.delete(KEYS.ready)
+        together.zrem(KEYS.board("main").leaderboard, "ann")
+        together.execute()
+
+
+def test_page_of_a_board_that_another_server_rebuilds_is_not_shown(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        for player in ("ann", "bob"):
+            await bench.submit(player, 5).answer
+        assert await bench.page().answer == b'[{"playerId":"bob","score":5},{"playerId":"ann","score":5}]'
+        half_rebuild(bench.redis)
+        pages = [bench.page(), bench.page(5)]
+        assert [await page.answer for page in pages] == [None, None]
+        assert bench.scores.epoch is None, "it goes on with a Redis that has no scoreboard"
+
+    play(scenario)
+
+
+def test_page_read_before_a_rebuild_and_answered_after_it_began_is_not_shown(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.redis.hset(KEYS.ready, mapping={"epoch": "8", "run_id": ""})  # a replay has begun
+        assert await bench.page().answer is None
+
+    play(scenario)
+
+
+def test_read_of_a_board_that_another_server_rebuilds_has_no_replies(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        await bench.submit("ann", 5).answer
+        found: list[Any] = []
+        commands: list[Any] = [("main", ("GET", KEYS.board("main").score("ann")))] * 2
+        bench.scores.read(commands, found.append)
+        await bench.until(lambda: found)
+        assert found.pop() == [b"5", b"5"]
+        half_rebuild(bench.redis)
+        bench.scores.read(commands, found.append)
+        await bench.until(lambda: found)
+        assert found == [None]
+
+    play(scenario)
+
+
+def test_entry_from_the_future_is_as_old_as_it_was_seen(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        assert bench.scores.outbox_since_s is None
+        hour_ahead_ms = int(bench.redis.time()[0] + 3600) * 1000
+        bench.redis.xadd(KEYS.outbox, {"batch": b"x"}, id=f"{hour_ahead_ms}-1")
+        await bench.until(lambda: bench.scores.outbox_since_s is not None)
+        since_s = bench.scores.outbox_since_s
+        assert since_s is not None
+        assert since_s <= time.monotonic()
+        for size in (100_000, 200_000):  # two more looks
+            bench.redis.xadd(KEYS.outbox, {"batch": b"x" * size})
+            await bench.until(lambda size=size: bench.scores.outbox_bytes > size)
+        assert bench.scores.outbox_since_s == since_s
+        bench.redis.xtrim(KEYS.outbox, maxlen=0, approximate=False)
+        await bench.until(lambda: bench.scores.outbox_since_s is None)
+
+    play(scenario)
+
+
+def test_clock_is_that_of_redis(play: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 5.0)
+
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        await bench.until(lambda: abs(bench.scores.clock.now_ms() - bench.redis.time()[0] * 1000) < 2000)
+
+    play(scenario)
+
+
 def test_batch_whose_reply_was_lost_is_sent_again_and_counts_once(play: Callable[..., None]) -> None:
     async def scenario(bench: Bench) -> None:
         await bench.ready()

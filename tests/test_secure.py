@@ -22,7 +22,7 @@ import psycopg
 import pytest
 import redis as redis_client
 import uvloop
-from confluent_kafka import KafkaError, TopicCollection
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 from psycopg import sql
 from redis.backoff import NoBackoff
@@ -33,7 +33,7 @@ from server.config import Settings, load
 from server.database import Database
 from server.embedded import ADDRESS, RedisServer, Service, ServiceError, free_port
 from server.errors import ConfigError
-from server.kafka_clients import refusal
+from server.kafka_clients import is_refusal, reason_of, refusal
 from server.redis_connection import open_connection
 from sync import outbox
 from sync.store import Store, migrate
@@ -112,6 +112,7 @@ def test_secrets_are_in_no_description_of_the_settings(tmp_path: Path) -> None:
         (KafkaError(KafkaError._SSL, "certificate verify failed"), "KAFKA_SSL_CA_FILE"),
         (KafkaError(KafkaError._TRANSPORT, "incorrect security.protocol configuration"), "KAFKA_SECURITY_PROTOCOL"),
         (KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED, "denied"), "ACLs"),
+        (KafkaError(KafkaError.INVALID_RECORD, "failed to validate record"), "scoreboard migrate"),
     ],
 )
 def test_refusal_names_what_to_look_at(error: KafkaError, variable: str) -> None:
@@ -120,6 +121,17 @@ def test_refusal_names_what_to_look_at(error: KafkaError, variable: str) -> None
     assert variable in named.str()
     assert error.str() in named.str()
     assert named.code() == error.code()
+    assert is_refusal(KafkaException(named))
+    assert variable in reason_of(error)
+
+
+def test_answer_of_brokers_is_a_refusal_and_named_without_addresses() -> None:
+    error = KafkaError(KafkaError.POLICY_VIOLATION, "127.0.0.1:9092: no")
+    assert is_refusal(error)
+    assert reason_of(error) == "Kafka refuses: Broker: Policy violation"
+    away = KafkaError(KafkaError._TRANSPORT, "127.0.0.1:9092: Connection refused")
+    assert not is_refusal(away)
+    assert reason_of(away) == "Kafka does not answer"
 
 
 def test_broker_that_is_away_refuses_nobody() -> None:
@@ -410,7 +422,7 @@ def test_wrong_kafka_password_is_named_by_server_and_sync_and_not_shown(
             database_url=database_url,
         )
     )
-    for process, beginning in ((server, "Redis at "), (server, "live updates"), (sync, "Kafka does not answer")):
+    for process, beginning in ((server, "Redis at "), (server, "live updates"), (sync, "Kafka refuses")):
         line = re.compile(f"{beginning}.*KAFKA_SASL_PASSWORD.*[Aa]uthentication.*")
         wait_until(lambda line=line, process=process: line.search(log_of(process)), 30, f"{process.name}: no reason")
     assert "sesame" not in log_of(server) + log_of(sync)

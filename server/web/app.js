@@ -119,8 +119,8 @@ function tellLagging() {
 function show(state, detail) {
   const shown = state === "live" && performance.now() < laggingUntil ? "lagging" : state;
   document.body.dataset.state = shown;
-  // What changes is read out: why it is closed belongs there, but nobody wants to hear a countdown.
-  put("state", shown === "closed" ? `${WORDS.closed}: ${detail}` : WORDS[shown]);
+  // What changes is read out: why it is closed or late belongs there, but nobody wants to hear a countdown.
+  put("state", detail && shown !== "reconnecting" ? `${WORDS[shown]}: ${detail}` : WORDS[shown]);
   put("countdown", shown === "reconnecting" ? detail : "");
 }
 

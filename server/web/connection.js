@@ -18,6 +18,7 @@ export class Connection {
     this.socket = null;
     this.delayMs = FIRST_DELAY_MS;
     this.isLive = true;
+    this.trouble = "";
     this.hasList = false;
     this.retryAt = null;
     this.closedFor = null;
@@ -39,6 +40,7 @@ export class Connection {
     let openedAt = null;
     this.socket = socket;
     this.isLive = true;
+    this.trouble = "";
     this.hasList = false;
     socket.onopen = () => {
       openedAt = performance.now();
@@ -83,7 +85,7 @@ export class Connection {
       const left = Math.ceil((this.retryAt - performance.now()) / 1000);
       this.onState("reconnecting", left > 0 ? `in ${left} s` : "");
     } else if (!this.hasList) this.onState("connecting", "");
-    else this.onState(this.isLive ? "live" : "delayed", "");
+    else this.onState(this.isLive ? "live" : "delayed", this.trouble);
   }
 
   // Where to connect, and the players who do not fit in there.
@@ -101,7 +103,10 @@ export class Connection {
   }
 
   receive(message) {
-    if (message.type === "status") this.isLive = message.live;
+    if (message.type === "status") {
+      this.isLive = message.live;
+      this.trouble = message.detail ?? "";
+    }
     if (message.type === "leaderboardUpdate") this.hasList = true;
     if (message.type === "error") console.info(`the server refused a message: ${message.detail}`);
     this.onMessage[message.type]?.(message);
