@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from server.shards import Shards
 
 DRAIN_GRACE_S: Final = 10.0
+MAX_TTL_S: Final = 100 * 365 * 24 * 3600
 WEBSOCKET_PATH: Final = "/live-updates"
 
 
@@ -144,7 +145,7 @@ def _load() -> config.Settings:
 
 def token(argv: list[str]) -> int:
     """Print tokens signed with JWT_SECRET."""
-    from server.auth import issue
+    from server.auth import token_for
 
     parser = argparse.ArgumentParser(prog="scoreboard token", description="Print tokens signed with JWT_SECRET.")
     parser.add_argument("--sub", required=True, help="the player the token speaks for")
@@ -152,16 +153,19 @@ def token(argv: list[str]) -> int:
     parser.add_argument("--ttl", type=int, default=3600, metavar="SECONDS", help="how long it is valid (3600)")
     parser.add_argument("--count", type=int, metavar="N", help="print N tokens, for SUB1, SUB2, … SUBN")
     arguments = parser.parse_args(argv)
+    if arguments.ttl < 1 or arguments.ttl > MAX_TTL_S:
+        parser.error(f"--ttl: expected 1 to {MAX_TTL_S} seconds, got {arguments.ttl}")
+    if arguments.count is not None and arguments.count < 1:
+        parser.error(f"--count: expected at least 1, got {arguments.count}")
     settings = _load()
-    if settings.jwt_secret is None:
-        raise ConfigError("JWT_SECRET: expected a secret of at least 32 bytes, got none")
-    algorithm = next((name for name in settings.jwt_algorithms if name.startswith("HS")), "HS256")
     subjects = [arguments.sub]
     if arguments.count is not None:
         subjects = [f"{arguments.sub}{number}" for number in range(1, arguments.count + 1)]
-    for subject in subjects:
-        signed = issue(settings.jwt_secret, subject, algorithm=algorithm, ttl_s=arguments.ttl, scope=arguments.scope)
-        sys.stdout.write(signed + "\n")
+    try:
+        for subject in subjects:
+            sys.stdout.write(token_for(settings, subject, ttl_s=arguments.ttl, scope=arguments.scope) + "\n")
+    except ValueError as error:
+        parser.error(f"--sub: {error}, got {arguments.sub[:80]!r}")
     return 0
 
 

@@ -71,7 +71,7 @@ def run(settings: Settings, grace_s: float) -> int:
 
 def _environment(settings: Settings, port: int, index: int) -> dict[str, str]:
     metrics_port = settings.metrics_port and settings.metrics_port + index
-    return {**os.environ, "PORT": str(port), "METRICS_PORT": str(metrics_port)}
+    return {**os.environ, "PORT": str(port), "METRICS_PORT": str(metrics_port), "WORKERS": "1"}
 
 
 def _run(workers: Sequence[Child], grace_s: float) -> int:
