@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from server import config, logs
+from server import config, listening, logs
 from server.errors import ConfigError, ScoreboardError, UwsError
 
 if TYPE_CHECKING:
@@ -162,10 +162,10 @@ def token(argv: list[str]) -> int:
     if arguments.count is not None:
         subjects = [f"{arguments.sub}{number}" for number in range(1, arguments.count + 1)]
     try:
-        for subject in subjects:
-            sys.stdout.write(token_for(settings, subject, ttl_s=arguments.ttl, scope=arguments.scope) + "\n")
+        tokens = [token_for(settings, subject, ttl_s=arguments.ttl, scope=arguments.scope) for subject in subjects]
     except ValueError as error:
-        parser.error(f"--sub: {error}, got {arguments.sub[:80]!r}")
+        parser.error(f"{error}, got --sub {arguments.sub[:80]!r}")
+    sys.stdout.writelines(f"{token}\n" for token in tokens)
     return 0
 
 
@@ -184,7 +184,9 @@ def run_all(argv: list[str]) -> int:
 
     argparse.ArgumentParser(prog="scoreboard all", description="Run server and sync.").parse_args(argv)
     settings = _load()
-    Authenticator(settings)  # said once here, rather than by children that start again and again
+    # Said once here, rather than by children that start again and again.
+    Authenticator(settings)
+    listening.check(settings.host, settings.port)
     commands = {"server": ["serve"], "relay": ["sync", "relay"], "persister": ["sync", "persister"]}
     # In the order in which changes move: the server drains while the others still take what it accepted.
     children = [Child(name, [sys.executable, "-m", "server", *command]) for name, command in commands.items()]

@@ -192,7 +192,7 @@ def signing_algorithm(settings: Settings) -> str:
 def token_for(settings: Settings, subject: str, *, ttl_s: int, scope: str = "") -> str:
     """A token that a server with these settings accepts.
 
-    Raises ConfigError when there is no secret to sign it with, and ValueError for a subject that can be no player.
+    Raises ConfigError when there is no secret to sign it with, and ValueError for what the server would not take.
     """
     algorithm = signing_algorithm(settings)
     if not algorithm:
@@ -205,7 +205,12 @@ def token_for(settings: Settings, subject: str, *, ttl_s: int, scope: str = "") 
     _check_subject(subject)
     secret = settings.jwt_secret or b""
     audience, issuer = settings.jwt_audience, settings.jwt_issuer
-    return issue(secret, subject, algorithm=algorithm, ttl_s=ttl_s, scope=scope, audience=audience, issuer=issuer)
+    token = issue(secret, subject, algorithm=algorithm, ttl_s=ttl_s, scope=scope, audience=audience, issuer=issuer)
+    if len(token) > MAX_TOKEN_BYTES:
+        raise ValueError(
+            f"expected a token of at most {MAX_TOKEN_BYTES} bytes, got {len(token)}: its scope is too long"
+        )
+    return token
 
 
 def issue(

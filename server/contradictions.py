@@ -34,7 +34,7 @@ def contradictions(settings: Settings, given: frozenset[str]) -> list[str]:
         *_of_tokens(settings, given),
         *_of_limits(settings),
         *_of_redis(settings),
-        *_of_kafka(settings, given),
+        *_of_kafka(settings),
         *_of_database(settings),
         *_of_ports(settings, given),
     ]
@@ -131,7 +131,7 @@ def _no_pair(cert: str, key: str) -> list[str]:
     return []
 
 
-def _of_kafka(settings: Settings, given: frozenset[str]) -> list[str]:
+def _of_kafka(settings: Settings) -> list[str]:
     faults = []
     encrypts = settings.kafka_security_protocol in ("ssl", "sasl_ssl")
     logs_in = settings.kafka_security_protocol in ("sasl_plaintext", "sasl_ssl")
@@ -144,7 +144,7 @@ def _of_kafka(settings: Settings, given: frozenset[str]) -> list[str]:
         faults.append("KAFKA_SECURITY_PROTOCOL: expected KAFKA_SASL_USERNAME and KAFKA_SASL_PASSWORD beside sasl")
     if (username or password) and not logs_in:
         faults.append("KAFKA_SASL_USERNAME, KAFKA_SASL_PASSWORD: expected KAFKA_SECURITY_PROTOCOL=sasl_ssl beside them")
-    elif "kafka_sasl_mechanism" in given and not logs_in:
+    elif settings.kafka_sasl_mechanism != type(settings)().kafka_sasl_mechanism and not logs_in:
         faults.append("KAFKA_SASL_MECHANISM: expected KAFKA_SECURITY_PROTOCOL=sasl_ssl beside it")
     return faults
 
@@ -184,9 +184,8 @@ def _of_ports(settings: Settings, given: frozenset[str]) -> list[str]:
             continue  # relay and persister may run without a server, whose port nobody has chosen then
         shared = range(max(ports.start, other_ports.start), min(ports.stop, other_ports.stop))
         if shared and _meet(host, other_host):
-            among = (
-                f" (WORKERS={settings.workers} take {settings.metrics_port} to {last})" if last > ports.start else ""
-            )
+            several = f" (WORKERS={settings.workers} take {settings.metrics_port} to {last})"
+            among = several if settings.workers > 1 and "METRICS_PORT" in (one, other) else ""
             faults.append(f"{one}, {other}: expected different ports, got {shared.start} for both{among}")
     return faults
 

@@ -34,7 +34,7 @@ _ORIGIN: Final = re.compile(
 )
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # A URL with a password, the content of a file where its name belongs, and so on.
-_MAY_HOLD_A_SECRET: Final = re.compile(r"@|-----|\{|\n|(?<!http)(?<!https)(?<!tcp)(?<!udp)://|://[^/]*:[^/]*[^/\d\]]")
+_MAY_HOLD_A_SECRET: Final = re.compile(r"@|-----|\{|\n|(?<!http)(?<!https)://", re.IGNORECASE)
 _NO_PORT: Final = re.compile(r":[^\d:\]]")
 
 # What other programs put into variables of these names.
@@ -47,6 +47,8 @@ def shown(raw: str, *, secret: bool = False, beside_secret: bool = False) -> str
 
     `beside_secret` is for settings that people write in one with a password, as in `user:password` or `:password@host`.
     """
+    if _BY_KUBERNETES.fullmatch(raw) and not secret:
+        return repr(raw)
     hidden = secret or len(raw) > _LONGEST_SHOWN or _MAY_HOLD_A_SECRET.search(raw)
     if hidden or (beside_secret and _NO_PORT.search(raw)):
         return f"{len(raw)} characters"
@@ -255,8 +257,8 @@ def database_url(raw: str) -> str:
     try:
         parts = psycopg.conninfo.conninfo_to_dict(raw)
     except psycopg.Error:
-        parts = {"host": "@"}
-    if not _is_meant(parts, is_url=raw.startswith(("postgresql://", "postgres://"))):
+        parts = None
+    if parts is None or not _is_meant(parts, is_url=raw.startswith(("postgresql://", "postgres://"))):
         raise ValueError(
             "a URL such as postgresql://user:password@host:5432/name, "
             "with @ in a password as %40, / as %2F, : as %3A and % as %25"
