@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from server.shards import Shards
 
 DRAIN_GRACE_S: Final = 10.0
-MAX_TTL_S: Final = 100 * 365 * 24 * 3600
 WEBSOCKET_PATH: Final = "/live-updates"
 
 
@@ -145,7 +144,7 @@ def _load() -> config.Settings:
 
 def token(argv: list[str]) -> int:
     """Print tokens signed with JWT_SECRET."""
-    from server.auth import token_for
+    from server.auth import MAX_TTL_S, token_for
 
     parser = argparse.ArgumentParser(prog="scoreboard token", description="Print tokens signed with JWT_SECRET.")
     parser.add_argument("--sub", required=True, help="the player the token speaks for")

@@ -25,6 +25,9 @@ CACHE_SIZE: Final = 65_536
 MAX_TOKEN_BYTES: Final = 8192
 """Longest token that is looked at: as much as common proxies let a header be."""
 
+MAX_TTL_S: Final = 100 * 365 * 24 * 3600
+"""Longest life of a token that is issued here."""
+
 WRITE_SCOPE: Final = "scores:write"
 FAILING_ADDRESSES: Final = 10_000
 

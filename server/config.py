@@ -343,8 +343,7 @@ def _take_from_file(name: str, values: dict[str, Any]) -> list[str]:
         found = _parse(content, about)
     except OSError as error:
         # People put the secret itself where its file's name belongs: only what looks like a file's name is shown.
-        in_directory = Path(path).parent not in (Path("."), Path("/")) and Path(path).parent.is_dir()
-        value = shown(path, secret=not in_directory)
+        value = shown(path, secret=not _is_in_directory(Path(path)))
         return [f"{variable}: expected a file with {_IN_FILES[name]}: {error.strerror}, got {value}"]
     except ValueError as error:
         size = f"{len(content)} characters" if content else "none"
@@ -353,6 +352,13 @@ def _take_from_file(name: str, values: dict[str, Any]) -> list[str]:
         return [f"{name.upper()}, {variable}: expected one of them, got two that differ"]
     values[name] = found
     return []
+
+
+def _is_in_directory(path: Path) -> bool:
+    try:
+        return path.parent not in (Path(), Path("/")) and path.parent.is_dir()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _read(path: Path, *, binary: bool) -> str:

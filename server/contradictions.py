@@ -50,7 +50,10 @@ def _unreadable(settings: Settings) -> list[str]:
 
 
 def _is_readable(path: str) -> bool:
-    return Path(path).is_file() and os.access(path, os.R_OK)
+    try:
+        return Path(path).is_file() and os.access(path, os.R_OK)
+    except OSError:  # a name that is too long, such as the file's content in its place
+        return False
 
 
 def _of_tokens(settings: Settings, given: frozenset[str]) -> list[str]:

