@@ -72,7 +72,7 @@ def test_port_that_takes_rights_is_not_called_taken(without_rights: None) -> Non
 
 
 def test_variables_of_other_ports_are_named() -> None:
-    with socket.create_server((ADDRESS, 0)) as other, pytest.raises(OSError) as caught:
+    with socket.create_server((ADDRESS, 0)) as other, pytest.raises(OSError, match="in use") as caught:
         listening.bound(ADDRESS, other.getsockname()[1])
     said = listening.why_not(caught.value, ADDRESS, 9100, hosts="METRICS_HOST", ports="RELAY_METRICS_PORT")
     assert (
