@@ -37,6 +37,11 @@ from locust import FastHttpUser, LoadTestShape, User, between, constant, events,
 
 TOKEN_TTL_S = 24 * 3600
 SECRET = os.environ.get("JWT_SECRET", "")
+REQUIRED_CLAIMS = {
+    claim: os.environ[variable]
+    for claim, variable in (("aud", "JWT_AUDIENCE"), ("iss", "JWT_ISSUER"))
+    if os.environ.get(variable)
+}
 RAMP = [tuple(map(float, point.split(":"))) for point in os.environ.get("RAMP", "").split(",") if point]
 BOARD_LIMIT = 10
 RETRY_AFTER_MOST_S = 5
@@ -71,7 +76,7 @@ _run = f"{random.randrange(16**6):06x}"
 
 def authorization(player: str) -> dict[str, str]:
     """The header with a token that may change this player's score."""
-    claims = {"sub": player, "exp": int(time.time()) + TOKEN_TTL_S}
+    claims = {"sub": player, "exp": int(time.time()) + TOKEN_TTL_S, **REQUIRED_CLAIMS}
     return {"Authorization": f"Bearer {jwt.encode(claims, SECRET, algorithm='HS256')}"}
 
 

@@ -304,7 +304,8 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     for name in _IN_FILES:
         faults += _take_from_file(name, values)
     settings = Settings(**values)
-    faults += contradictions(settings, frozenset(values))
+    # Only what is right by itself can be compared: a wrong password is not a missing one.
+    faults = faults or contradictions(settings, frozenset(values))
     if faults:
         raise ConfigError("\n".join(faults))
     return settings

@@ -58,7 +58,7 @@ def _is_readable(path: str) -> bool:
 
 def _of_tokens(settings: Settings, given: frozenset[str]) -> list[str]:
     faults = []
-    if settings.jwt_secret_previous and not settings.jwt_secret and "jwt_secret_file" not in given:
+    if settings.jwt_secret_previous and not settings.jwt_secret:
         faults.append("JWT_SECRET_PREVIOUS: expected JWT_SECRET beside it")
     if all(name.startswith("HS") for name in settings.jwt_algorithms):
         faults += [

@@ -165,7 +165,7 @@ RIGHT = {
 @pytest.mark.parametrize(("spelling", "unmeant"), AROUND)
 @pytest.mark.parametrize("variable", RIGHT)
 def test_what_stands_around_a_value_is_refused_by_name(variable: str, spelling: str, unmeant: str) -> None:
-    (fault,) = [line for line in faults(**{variable: spelling.format(RIGHT[variable])}) if "beside" not in line]
+    (fault,) = faults(**{variable: spelling.format(RIGHT[variable])})
     assert fault.startswith(f"{variable}: expected no {unmeant}, got ")
     assert "sesame" not in fault
     assert SECRET not in fault
