@@ -2,7 +2,8 @@
 
 JWT_SECRET=… locust -f bench/locustfile.py --headless -u 100 -r 20 -t 30s -H http://127.0.0.1:8080
 
-Ends with 1, and a sentence for each limit that was missed, else with 0. From the environment, beside JWT_SECRET:
+Ends with 1, and a sentence for each limit that was missed, else with 0. From the environment, beside JWT_SECRET (and
+JWT_AUDIENCE and JWT_ISSUER, where the server has them):
 
 * RAMP=30:100,120:500,150:0   so many users after so many seconds, straight lines between; -u, -r and -t do not count.
 * ERROR_PERCENT (0.1): how much of all requests may fail.
