@@ -34,7 +34,7 @@ _ORIGIN: Final = re.compile(
 )
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 # A URL with a password, the content of a file where its name belongs, and so on.
-_MAY_HOLD_A_SECRET: Final = re.compile(r"pass|secret|@|-----|\{|\n|(?<!http)(?<!https)://", re.IGNORECASE)
+_MAY_HOLD_A_SECRET: Final = re.compile(r"pass\w*=|secret=|@|-----|\{|\n|(?<!http)(?<!https)://", re.IGNORECASE)
 _NO_PORT: Final = re.compile(r":[^\d:\]]")
 
 # What other programs put into variables of these names.
