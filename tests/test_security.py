@@ -306,25 +306,25 @@ def test_database_address_that_is_taken_leads_to_no_message_with_its_password(wr
 
 
 def test_no_command_shows_a_secret_that_stands_in_a_wrong_place(tmp_path: Path) -> None:
-    """Every setting that takes no text is wrong at once, in three ways."""
-    choices = ("ann:{}@cache", "redis://:{}@cache:6379", "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----")
+    """Every setting that takes no text is wrong at once, each in one of three ways."""
+    shapes = ("ann:{}@cache", "redis://:{}@cache:6379", "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----")
     commands = [[name] for name in ("serve", "all", "check", "sync", "migrate", "reconcile", "dead-letters", "health")]
     commands += [["token", "--sub", "ann"], ["dev", "--data", str(tmp_path / "data")]]
-    for choice in choices:
-        env = environment({name: choice.format(CANARY) for name, _, _ in describe() if name not in PUBLIC})
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-m", "server", *command],
-                env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for command in commands
-        ]  # fmt: skip
-        for command, process in zip(commands, running, strict=True):
-            said, _ = process.communicate(timeout=60)
-            assert process.returncode == (1 if command == ["check"] else 2), (command, said)
-            assert "REDIS_HOST: expected " in said
-            assert "Traceback" not in said
-            assert CANARY not in said
+    names = [variable for variable, _, _ in describe() if variable not in PUBLIC]
+    env = environment({name: shapes[number % 3].format(CANARY) for number, name in enumerate(names)})
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "server", *command],
+            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for command in commands
+    ]  # fmt: skip
+    for command, process in zip(commands, running, strict=True):
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == (1 if command == ["check"] else 2), (command, said)
+        assert "REDIS_HOST: expected " in said
+        assert "Traceback" not in said
+        assert CANARY not in said
 
 
 def test_no_secret_is_ever_written_whatever_fails(tmp_path: Path) -> None:
