@@ -2,7 +2,8 @@
 
 JWT_SECRET=… locust -f bench/locustfile.py --headless -u 100 -r 20 -t 30s -H http://127.0.0.1:8080
 
-Ends with 1, and a sentence for each limit that was missed, else with 0. From the environment, beside JWT_SECRET:
+Ends with 1, and a sentence for each limit that was missed, else with 0. From the environment, beside JWT_SECRET (and
+JWT_AUDIENCE and JWT_ISSUER, where the server has them):
 
 * RAMP=30:100,120:500,150:0   so many users after so many seconds, straight lines between; -u, -r and -t do not count.
 * ERROR_PERCENT (0.1): how much of all requests may fail.
@@ -37,6 +38,11 @@ from locust import FastHttpUser, LoadTestShape, User, between, constant, events,
 
 TOKEN_TTL_S = 24 * 3600
 SECRET = os.environ.get("JWT_SECRET", "")
+REQUIRED_CLAIMS = {
+    claim: os.environ[variable]
+    for claim, variable in (("aud", "JWT_AUDIENCE"), ("iss", "JWT_ISSUER"))
+    if os.environ.get(variable)
+}
 RAMP = [tuple(map(float, point.split(":"))) for point in os.environ.get("RAMP", "").split(",") if point]
 BOARD_LIMIT = 10
 RETRY_AFTER_MOST_S = 5
@@ -71,7 +77,7 @@ _run = f"{random.randrange(16**6):06x}"
 
 def authorization(player: str) -> dict[str, str]:
     """The header with a token that may change this player's score."""
-    claims = {"sub": player, "exp": int(time.time()) + TOKEN_TTL_S}
+    claims = {"sub": player, "exp": int(time.time()) + TOKEN_TTL_S, **REQUIRED_CLAIMS}
     return {"Authorization": f"Bearer {jwt.encode(claims, SECRET, algorithm='HS256')}"}
 
 

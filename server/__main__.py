@@ -24,7 +24,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from server import config, logs
+from server import config, listening, logs
 from server.errors import ConfigError, ScoreboardError, UwsError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _load() -> config.Settings:
 
 def token(argv: list[str]) -> int:
     """Print tokens signed with JWT_SECRET."""
-    from server.auth import issue
+    from server.auth import MAX_TTL_S, token_for
 
     parser = argparse.ArgumentParser(prog="scoreboard token", description="Print tokens signed with JWT_SECRET.")
     parser.add_argument("--sub", required=True, help="the player the token speaks for")
@@ -152,16 +152,19 @@ def token(argv: list[str]) -> int:
     parser.add_argument("--ttl", type=int, default=3600, metavar="SECONDS", help="how long it is valid (3600)")
     parser.add_argument("--count", type=int, metavar="N", help="print N tokens, for SUB1, SUB2, … SUBN")
     arguments = parser.parse_args(argv)
+    if arguments.ttl < 1 or arguments.ttl > MAX_TTL_S:
+        parser.error(f"--ttl: expected 1 to {MAX_TTL_S} seconds, got {arguments.ttl}")
+    if arguments.count is not None and arguments.count < 1:
+        parser.error(f"--count: expected at least 1, got {arguments.count}")
     settings = _load()
-    if settings.jwt_secret is None:
-        raise ConfigError("JWT_SECRET: expected a secret of at least 32 bytes, got none")
-    algorithm = next((name for name in settings.jwt_algorithms if name.startswith("HS")), "HS256")
     subjects = [arguments.sub]
     if arguments.count is not None:
         subjects = [f"{arguments.sub}{number}" for number in range(1, arguments.count + 1)]
-    for subject in subjects:
-        signed = issue(settings.jwt_secret, subject, algorithm=algorithm, ttl_s=arguments.ttl, scope=arguments.scope)
-        sys.stdout.write(signed + "\n")
+    try:
+        tokens = [token_for(settings, subject, ttl_s=arguments.ttl, scope=arguments.scope) for subject in subjects]
+    except ValueError as error:
+        parser.error(f"{error}, got --sub {arguments.sub[:80]!r}")
+    sys.stdout.writelines(f"{token}\n" for token in tokens)
     return 0
 
 
@@ -180,7 +183,9 @@ def run_all(argv: list[str]) -> int:
 
     argparse.ArgumentParser(prog="scoreboard all", description="Run server and sync.").parse_args(argv)
     settings = _load()
-    Authenticator(settings)  # said once here, rather than by children that start again and again
+    # Said once here, rather than by children that start again and again.
+    Authenticator(settings)
+    listening.check(settings.host, settings.port)
     commands = {"server": ["serve"], "relay": ["sync", "relay"], "persister": ["sync", "persister"]}
     # In the order in which changes move: the server drains while the others still take what it accepted.
     children = [Child(name, [sys.executable, "-m", "server", *command]) for name, command in commands.items()]

@@ -7,18 +7,16 @@ checking a signature costs more than everything else in a request; their expiry 
 from __future__ import annotations
 
 import ipaddress
-import json
 import math
 import re
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import jwt
 
 from server.config import Settings
 from server.errors import ConfigError, Problem
+from server.signing_keys import SigningKeys
 
 MAX_SUBJECT: Final = 128
 CACHE_SIZE: Final = 65_536
@@ -27,11 +25,16 @@ CACHE_SIZE: Final = 65_536
 MAX_TOKEN_BYTES: Final = 8192
 """Longest token that is looked at: as much as common proxies let a header be."""
 
+MAX_TTL_S: Final = 100 * 365 * 24 * 3600
+"""Longest life of a token that is issued here."""
+
 WRITE_SCOPE: Final = "scores:write"
 FAILING_ADDRESSES: Final = 10_000
 
 # What PyJWT lets through of a hostile token: numbers that overflow, JSON nested too deep, keys of another kind.
 _BROKEN = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
+
+_WITH_PORT: Final = re.compile(r"([\d.]+):\d{1,5}|\[([^\[\]]*)\](?::\d{1,5})?")
 
 # JSON may spell half a surrogate pair, which no encoding can write: Redis would never get to see that batch.
 _NO_SUBJECT: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -59,20 +62,20 @@ class Authenticator:
         """Raises ConfigError when a key for one of the allowed algorithms is missing."""
         self._settings = settings
         self._secrets = [secret for secret in (settings.jwt_secret, settings.jwt_secret_previous) if secret]
-        self._public_keys: dict[str, dict[str, Any]] = {}
         self._callers: dict[bytes, Caller] = {}
-        public_keys = list(_public_keys(settings))
         for algorithm in settings.jwt_algorithms:
             if algorithm.startswith("HS"):
-                self._check_secrets(algorithm)
-            else:
-                self._public_keys[algorithm] = _fitting(algorithm, public_keys)
+                check_secrets(settings, algorithm)
+        self._keys = SigningKeys(settings)
+        self._watches_keys = bool(settings.jwt_jwks_file)
 
     def caller(self, authorization: bytes) -> Caller:
         """Who sent this Authorization header.
 
         Raises Problem 401.
         """
+        if self._watches_keys and self._keys.changed():
+            self._callers.clear()  # some may have been let in by a key that is gone
         caller = self._callers.get(authorization)
         if caller is None:
             scheme, _, token = authorization.partition(b" ")
@@ -88,12 +91,6 @@ class Authenticator:
     def may_write(self, caller: Caller, player: str) -> bool:
         """Whether `caller` may change the score of `player`."""
         return caller.subject == player or caller.is_writer or self._settings.write_policy == "any"
-
-    def _check_secrets(self, algorithm: str) -> None:
-        shortest, needed = min(map(len, self._secrets), default=0), int(algorithm[2:]) // 8
-        if shortest < needed:
-            # RFC 7518, section 3.2: a key of the hash's size or larger.
-            raise ConfigError(f"JWT_SECRET: expected at least {needed} bytes for {algorithm}, got {shortest or 'none'}")
 
     def _remember(self, authorization: bytes, caller: Caller) -> None:
         if len(self._callers) >= CACHE_SIZE:
@@ -119,7 +116,7 @@ class Authenticator:
         failure: Exception = jwt.InvalidKeyError("no key fits the token")
         for key in self._candidate_keys(algorithm, header.get("kid")):
             try:
-                return jwt.decode(
+                return _TOKENS.decode(
                     token,
                     key,
                     algorithms=[algorithm],
@@ -136,21 +133,48 @@ class Authenticator:
         """Secrets never meet RS or ES tokens, nor public keys HS tokens: no key can be taken for another kind."""
         if algorithm.startswith("HS"):
             return list(self._secrets)
-        keys = self._public_keys[algorithm]
-        if kid is not None and kid in keys:
-            return [keys[kid]]
-        return list(keys.values())
+        return self._keys.candidates(algorithm, kid)
 
     def _claims_to_caller(self, claims: dict[str, Any]) -> Caller:
-        subject, expires_s, scope = claims["sub"], claims["exp"], claims.get("scope", "")
-        if not 1 <= len(subject) <= MAX_SUBJECT or _NO_SUBJECT.search(subject):
-            raise ValueError(f"expected a sub of 1 to {MAX_SUBJECT} characters, none of them control characters")
+        subject, expires_s = claims["sub"], claims["exp"]
+        _check_subject(subject)
         if not isinstance(expires_s, int | float) or not math.isfinite(expires_s):
             raise ValueError("expected an exp in seconds")
-        scopes = scope.split() if isinstance(scope, str) else scope
-        if not isinstance(scopes, list):
-            raise ValueError("expected a scope that is text or a list")
-        return Caller(subject, WRITE_SCOPE in scopes, float(expires_s))
+        # RFC 8693 calls it scope, some identity providers scp.
+        is_writer = any(WRITE_SCOPE in _scopes(name, claims.get(name, "")) for name in ("scope", "scp"))
+        return Caller(subject, is_writer, float(expires_s))
+
+
+class _Tokens(jwt.PyJWT):
+    def _decode_payload(self, decoded: dict[str, Any]) -> dict[str, Any]:
+        """PyJWT: the claims. One that is null is none: identity providers send all that they have fields for."""
+        return {name: value for name, value in super()._decode_payload(decoded).items() if value is not None}
+
+
+_TOKENS: Final = _Tokens()
+
+
+def _scopes(name: str, claim: Any) -> list[Any]:
+    scopes = claim.split() if isinstance(claim, str) else claim
+    if not isinstance(scopes, list):
+        raise ValueError(f"expected a {name} that is text or a list")
+    return scopes
+
+
+def check_secrets(settings: Settings, algorithm: str) -> None:
+    """Whether the secrets are long enough for an HS algorithm (RFC 7518, section 3.2: the hash's size or larger).
+
+    Raises ConfigError.
+    """
+    needed = int(algorithm[2:]) // 8
+    for variable, secret in (
+        ("JWT_SECRET", settings.jwt_secret or b""),
+        ("JWT_SECRET_PREVIOUS", settings.jwt_secret_previous),
+    ):
+        if secret is not None and len(secret) < needed:
+            raise ConfigError(
+                f"{variable}: expected at least {needed} bytes for {algorithm}, got {len(secret) or 'none'}"
+            )
 
 
 def _reason(error: BaseException) -> str:
@@ -160,45 +184,55 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"[^\x20-\x7e]|[\"\\]", "", known) or "the token cannot be read"
 
 
-def _public_keys(settings: Settings) -> Iterator[tuple[str, Any]]:
-    if settings.jwt_public_key:
-        yield "", settings.jwt_public_key
-    if settings.jwt_jwks_file:
-        try:
-            jwks = json.loads(Path(settings.jwt_jwks_file).read_text())
-            if not isinstance(jwks, dict):
-                raise ValueError("not a JSON object")
-            keys = jwt.PyJWKSet.from_dict(jwks).keys
-        except (OSError, ValueError, jwt.PyJWTError) as error:
-            raise ConfigError(f"JWT_JWKS_FILE: expected a file with a JWK set (RFC 7517): {error}") from error
-        for number, jwk in enumerate(keys):
-            yield jwk.key_id or f"#{number}", jwk.key
+def signing_algorithm(settings: Settings) -> str:
+    """The algorithm to sign with; empty when the server takes none that a shared secret can sign."""
+    return next((name for name in settings.jwt_algorithms if name.startswith("HS")), "")
 
 
-def _fitting(algorithm: str, keys: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Those of the keys that `algorithm` can use, by their `kid`: a set may hold RSA and EC keys side by side.
+def token_for(settings: Settings, subject: str, *, ttl_s: int, scope: str = "") -> str:
+    """A token that a server with these settings accepts.
 
-    Raises ConfigError if there are none.
+    Raises ConfigError when there is no secret to sign it with, and ValueError for what the server would not take.
     """
-    fitting = {}
-    why = "got none"
-    for kid, key in keys:
-        try:
-            fitting[kid] = jwt.get_algorithm_by_name(algorithm).prepare_key(key)
-        except (jwt.PyJWTError, ValueError, TypeError) as error:
-            why = f"none fits: {error}"
-    if not fitting:
-        raise ConfigError(f"JWT_PUBLIC_KEY or JWT_JWKS_FILE: expected a key for {algorithm}, {why}")
-    return fitting
+    algorithm = signing_algorithm(settings)
+    if not algorithm:
+        allowed = ",".join(settings.jwt_algorithms)
+        raise ConfigError(
+            f"JWT_ALGORITHMS: expected HS256, HS384 or HS512 to sign a token, got {allowed}: only public keys are "
+            "known here, so take tokens from whoever has the private key"
+        )
+    check_secrets(settings, algorithm)
+    _check_subject(subject)
+    secret = settings.jwt_secret or b""
+    audience, issuer = settings.jwt_audience, settings.jwt_issuer
+    token = issue(secret, subject, algorithm=algorithm, ttl_s=ttl_s, scope=scope, audience=audience, issuer=issuer)
+    if len(token) > MAX_TOKEN_BYTES:
+        raise ValueError(
+            f"expected a token of at most {MAX_TOKEN_BYTES} bytes, got {len(token)}: its scope is too long"
+        )
+    return token
 
 
-def issue(secret: bytes, subject: str, *, algorithm: str = "HS256", ttl_s: int = 3600, scope: str = "") -> str:
-    """A token as the server accepts it, for tools and tests."""
+def issue(
+    secret: bytes,
+    subject: str,
+    *,
+    algorithm: str = "HS256",
+    ttl_s: int = 3600,
+    scope: str = "",
+    audience: str = "",
+    issuer: str = "",
+) -> str:
+    """A signed token, for tools and tests; nothing of it is checked."""
     now_s = int(time.time())
     claims: dict[str, Any] = {"sub": subject, "iat": now_s, "exp": now_s + ttl_s}
-    if scope:
-        claims["scope"] = scope
+    claims |= {name: value for name, value in (("scope", scope), ("aud", audience), ("iss", issuer)) if value}
     return jwt.encode(claims, secret, algorithm=algorithm)
+
+
+def _check_subject(subject: str) -> None:
+    if not 1 <= len(subject) <= MAX_SUBJECT or _NO_SUBJECT.search(subject):
+        raise ValueError(f"expected a sub of 1 to {MAX_SUBJECT} characters, none of them control characters")
 
 
 class ClientAddress:
@@ -219,7 +253,9 @@ class ClientAddress:
         """
         address = _address(peer)
         for hop in reversed(forwarded_for.split(",")):
-            previous = _address(hop.strip())
+            if not hop.strip():
+                continue  # an empty member of a list means nothing (RFC 9110, section 5.6.1.2)
+            previous = _address(_without_port(hop.strip()))
             if previous is None or address is None or not any(address in network for network in self._trusted):
                 break
             address = previous
@@ -228,6 +264,12 @@ class ClientAddress:
         if address.version == 6:
             return str(ipaddress.ip_network((address, 64), strict=False))
         return str(address)
+
+
+def _without_port(hop: str) -> str:
+    """`1.2.3.4:5678`, `[2001:db8::1]:5678` and `[2001:db8::1]` as gateways write them, without port and brackets."""
+    matched = _WITH_PORT.fullmatch(hop)
+    return matched[1] or matched[2] if matched else hop
 
 
 def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

@@ -28,9 +28,10 @@ import psycopg
 import redis
 
 from server import config, dev_screen
+from server.auth import signing_algorithm
 from server.config import Settings
 from server.demo import PLAYERS, DemoPlayers
-from server.dev_screen import signing_algorithm, token
+from server.dev_screen import token
 from server.embedded import ADDRESS, MockKafka, PostgresServer, RedisServer, Service, ServiceError, free_port
 from server.errors import ScoreboardError
 from server.supervisor import Child, Supervisor, alive, ended

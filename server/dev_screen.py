@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-import time
-import urllib.parse
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import jwt
+import psycopg.conninfo
 
+from server.auth import signing_algorithm, token_for
 from server.config import Settings
 
 EXAMPLE_PLAYER: Final = "player123"
@@ -40,26 +39,15 @@ def _curl(url: str, settings: Settings) -> list[str]:
     return [f"Play as {EXAMPLE_PLAYER}:", "", shlex.join(words)]
 
 
-def signing_algorithm(settings: Settings) -> str:
-    """The algorithm to sign with; empty when the server takes none that a shared secret can sign."""
-    return next((name for name in settings.jwt_algorithms if name.startswith("HS")), "")
-
-
 def token(settings: Settings, subject: str) -> str:
     """A token for `subject` that a server with these settings accepts."""
-    assert settings.jwt_secret is not None
-    now_s = int(time.time())
-    claims: dict[str, Any] = {"sub": subject, "iat": now_s, "exp": now_s + TOKEN_TTL_S}
-    if settings.jwt_audience:
-        claims["aud"] = settings.jwt_audience
-    if settings.jwt_issuer:
-        claims["iss"] = settings.jwt_issuer
-    return jwt.encode(claims, settings.jwt_secret, algorithm=signing_algorithm(settings))
+    return token_for(settings, subject, ttl_s=TOKEN_TTL_S)
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.password is None:
-        return url
-    return parts._replace(netloc=parts.netloc.replace(f":{parts.password}@", ":…@")).geturl()
+    """The address as it may be shown: as libpq reads it, since others find a password's end elsewhere."""
+    parts = psycopg.conninfo.conninfo_to_dict(url)
+    user, host, port, name = (str(parts.get(key, "")) for key in ("user", "host", "port", "dbname"))
+    host = f"[{host}]" if ":" in host and "," not in host else host
+    login = f"{user}:…@" if "password" in parts else f"{user}@" if user else ""
+    return f"postgresql://{login}{host}{f':{port}' if port else ''}/{name}"

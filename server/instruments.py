@@ -33,6 +33,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from server.errors import ConfigError
+from server.listening import why_not
 
 CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -151,9 +152,7 @@ class Metrics:
         try:
             start_http_server(port, host, self._registry)
         except OSError as error:
-            raise ConfigError(
-                f"{variable}: expected a free port at METRICS_HOST={host}, got {port}: {error}"
-            ) from error
+            raise ConfigError(why_not(error, host, port, hosts="METRICS_HOST", ports=variable)) from error
 
 
 class _BuildInfo(Collector):

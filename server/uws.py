@@ -36,7 +36,7 @@ from typing import Any, Final, NoReturn, Protocol, cast
 import _cffi_backend
 import uvloop.loop
 
-from server import uws_native
+from server import listening, uws_native
 from server.answers import ID_PREFIX, JSON, OK, PROBLEM_JSON, fault, head_of, log_slow, tokens
 from server.errors import CloseCode, Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
@@ -655,7 +655,7 @@ class Server:
     def listen(self, host: str, port: int, *, shared: bool = False) -> int:
         """Listen, and return the port (a free one for 0).
 
-        Raises UwsError when the port is taken. `shared` lets several processes listen on it (SO_REUSEPORT).
+        Raises UwsError when it cannot. `shared` lets several processes listen on it (SO_REUSEPORT).
         """
 
         def listening(listen_socket: Any, _config: Any, _user_data: Any) -> None:
@@ -668,9 +668,7 @@ class Server:
         config.options = SHARED_PORT if shared else EXCLUSIVE_PORT
         lib.uws_app_listen_with_config(SSL, self._app, config[0], callback, ffi.NULL)
         if self._listening is None:
-            raise UwsError(
-                f"cannot listen on {host}:{port}: taken by another process, or no address of this machine (HOST, PORT)"
-            )
+            raise UwsError(_why_not_listening(host, port, shared))
         if self.waiting is not None:
             self.waiting.watch(_token(self._listening), _REFUSALS)
         with self._listener() as listener:
@@ -754,6 +752,15 @@ def _header(name: Any, name_length: int, value: Any, value_length: int, _user_da
 
 
 _on_header: Final = ffi.callback("void(const char*, size_t, const char*, size_t, void*)", _header, onerror=report)
+
+
+def _why_not_listening(host: str, port: int, shared: bool) -> str:
+    """uSockets says nothing, so the same is tried once more."""
+    try:
+        listening.bound(host, port, shared=shared).close()
+    except OSError as error:
+        return listening.why_not(error, host, port)
+    return f"HOST, PORT: expected an address to listen on, got {host!r} and {port}, which could not be had"
 
 
 def _adopt(loop: asyncio.AbstractEventLoop) -> None:

@@ -17,6 +17,7 @@ from typing import Final
 
 from server.config import Settings
 from server.errors import UwsError
+from server.listening import bound, why_not
 from server.supervisor import Child, Supervisor, ended
 
 WORKER: Final = "--worker"
@@ -32,18 +33,9 @@ def hold_port(host: str, port: int) -> socket.socket:
     Raises UwsError when somebody else has it, be it a stale worker.
     """
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        holder = socket.socket(family)
+        holder = bound(host, port)
     except OSError as error:
-        raise UwsError(f"HOST: expected an address of this machine, got {host!r}: {error}") from error
-    try:
-        if family == socket.AF_INET6:
-            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # as uSockets does
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(address)
-    except OSError as error:
-        holder.close()
-        raise UwsError(f"PORT: expected a free one at {host}, got {port}: {error.strerror}") from error
+        raise UwsError(why_not(error, host, port)) from error
     # Only now that it is ours alone: set before, it would let us in beside whoever shares the port already.
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     # That was for what a server before us left in TIME_WAIT; kept, it would let in a second parent before we listen.
@@ -71,7 +63,7 @@ def run(settings: Settings, grace_s: float) -> int:
 
 def _environment(settings: Settings, port: int, index: int) -> dict[str, str]:
     metrics_port = settings.metrics_port and settings.metrics_port + index
-    return {**os.environ, "PORT": str(port), "METRICS_PORT": str(metrics_port)}
+    return {**os.environ, "PORT": str(port), "METRICS_PORT": str(metrics_port), "WORKERS": "1"}
 
 
 def _run(workers: Sequence[Child], grace_s: float) -> int:

@@ -21,7 +21,7 @@ from confluent_kafka import KafkaException
 
 from server import logs
 from server.config import Settings, load
-from server.errors import ScoreboardError
+from server.errors import ConfigError, ScoreboardError
 from server.instruments import Metrics
 from server.supervisor import Child, Supervisor
 from sync import dead_letters, store, topics
@@ -47,6 +47,9 @@ def main(argv: list[str]) -> int:
         if not argv:
             return _run_both()
         _run_one(_PARTS[argv[0]], settings)
+    except ConfigError as error:
+        _log.error("%s", error)
+        return 2
     except (ScoreboardError, psycopg.Error, KafkaException) as error:
         _log.error("%s", error)
         return 1
@@ -68,6 +71,9 @@ def migrate(argv: list[str]) -> int:
         settings = _load()
         store.migrate(settings.database_url, settings.history_days)
         topics.ensure_topics(settings)
+    except ConfigError as error:
+        print(f"migrate: {error}", file=sys.stderr)
+        return 2
     except (ScoreboardError, psycopg.Error, KafkaException) as error:
         print(f"migrate: {str(error).strip()}", file=sys.stderr)
         return 1
@@ -120,6 +126,9 @@ def list_dead_letters(argv: list[str]) -> int:
         for letter in dead_letters.letters(settings):
             latest.append(str(letter))
             count += 1
+    except ConfigError as error:
+        _print(f"dead-letters: {error}", sys.stderr)
+        return 2
     except (ScoreboardError, KafkaException) as error:
         _print(f"dead-letters: {error}", sys.stderr)
         return 1

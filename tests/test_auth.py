@@ -26,6 +26,7 @@ from server.errors import ConfigError, Problem
 SECRET = b"the secret of these tests, 42 bytes long.."
 PREVIOUS = b"the secret before that one, 42 bytes long."
 RSA_KEY = rsa.generate_private_key(65537, 2048)
+WEAK_KEY = rsa.generate_private_key(65537, 1024)
 EC_KEY = ec.generate_private_key(ec.SECP256R1())
 CHALLENGE = re.compile(
     r'Bearer realm="scoreboard"(, error="invalid_token", error_description="[\x20\x21\x23-\x5b\x5d-\x7e]+")?'
@@ -113,9 +114,53 @@ def test_other_scopes_make_no_writer(scope: Any) -> None:
     assert not authenticator().caller(bearer(claims(scope=scope))).is_writer
 
 
-@pytest.mark.parametrize("scope", [5, True, None, {"scores:write": True}])
-def test_scope_of_another_kind_is_refused(scope: Any) -> None:
-    assert refusal(bearer(claims(scope=scope)), authenticator()) == "expected a scope that is text or a list"
+@pytest.mark.parametrize("name", ["scope", "scp"])
+@pytest.mark.parametrize("scope", [5, True, {"scores:write": True}])
+def test_scope_of_another_kind_is_refused(name: str, scope: Any) -> None:
+    assert refusal(bearer(claims(**{name: scope})), authenticator()) == f"expected a {name} that is text or a list"
+
+
+@pytest.mark.parametrize("scp", ["scores:write", "a scores:write", ["a", "scores:write"]])
+@pytest.mark.parametrize("beside", [{}, {"scope": None}, {"scope": ""}, {"scope": "other"}, {"scope": []}])
+def test_scp_is_another_name_of_scope(scp: Any, beside: dict[str, Any]) -> None:
+    assert authenticator().caller(bearer(claims(scp=scp, **beside))).is_writer
+
+
+@pytest.mark.parametrize("claim", ["scope", "scp", "nbf", "iat", "jti", "aud", "iss"])
+def test_claim_that_is_null_is_none(claim: str) -> None:
+    caller = authenticator().caller(signed(json.dumps(claims(**{claim: None})).encode()))
+    assert (caller.subject, caller.is_writer) == ("ada", False)
+
+
+@pytest.mark.parametrize(("setting", "claim"), [("jwt_audience", "aud"), ("jwt_issuer", "iss")])
+def test_required_claim_that_is_null_is_missing(setting: str, claim: str) -> None:
+    assert claim in refusal(signed(json.dumps(claims(**{claim: None})).encode()), authenticator(**{setting: "mine"}))
+
+
+@pytest.mark.parametrize(
+    ("audience", "accepted"),
+    [("mine", True), (["other", "mine"], True), (["other"], False), ([], False), (["mine", 5], False), (5, False)],
+)
+def test_audience_may_be_a_list(audience: Any, accepted: bool) -> None:
+    strict, header = authenticator(jwt_audience="mine"), bearer(claims(aud=audience))
+    if accepted:
+        assert strict.caller(header).subject == "ada"
+    else:
+        assert refusal(header, strict)
+
+
+@pytest.mark.parametrize("claim", ["nbf", "iat"])
+@pytest.mark.parametrize("past", ["0", "-5", "1.5e9", "1500000000.25"])
+def test_not_before_and_issued_at_may_be_any_number(claim: str, past: str) -> None:
+    header = signed(b'{"sub":"ada","exp":9999999999,"%s":%s}' % (claim.encode(), past.encode()))
+    assert authenticator().caller(header).subject == "ada"
+
+
+@pytest.mark.parametrize("claim", ["nbf", "iat"])
+@pytest.mark.parametrize("value", ['"x"', "[1]", "{}", "1e400", "NaN", "9999999999", "9999999999.5"])
+def test_not_before_and_issued_at_that_are_no_time_past_are_refused_by_name(claim: str, value: str) -> None:
+    header = signed(b'{"sub":"ada","exp":99999999999,"%s":%s}' % (claim.encode(), value.encode()))
+    assert f"({claim})" in refusal(header, authenticator())
 
 
 @pytest.mark.parametrize(
@@ -192,8 +237,23 @@ def test_key_without_a_known_kid_is_found_among_those_of_other_kinds(tmp_path: P
         ({"jwt_secret": None}, "JWT_SECRET: expected at least 32 bytes for HS256, got none"),
         ({"jwt_algorithms": ("HS512",)}, "JWT_SECRET: expected at least 64 bytes for HS512, got 42"),
         ({"jwt_algorithms": ("RS256",)}, "expected a key for RS256, got none"),
-        ({"jwt_algorithms": ("RS256",), "jwt_public_key": "no PEM"}, "expected a key for RS256, none fits"),
+        (
+            {"jwt_algorithms": ("RS256",), "jwt_public_key": "no PEM"},
+            "JWT_PUBLIC_KEY: expected an RSA or EC public key",
+        ),
         ({"jwt_algorithms": ("ES256",), "jwt_public_key": pem(RSA_KEY).decode()}, "a key for ES256, none fits"),
+        (
+            {"jwt_algorithms": ("HS384",), "jwt_secret": SECRET * 2, "jwt_secret_previous": PREVIOUS},
+            "JWT_SECRET_PREVIOUS: expected at least 48 bytes for HS384, got 42",
+        ),
+        (
+            {"jwt_algorithms": ("RS256",), "jwt_public_key": pem(WEAK_KEY).decode()},
+            "expected a key for RS256, none fits: it has 1024 bits, expected at least 2048",
+        ),
+        (
+            {"jwt_algorithms": ("ES384",), "jwt_public_key": pem(EC_KEY).decode()},
+            "expected a key for ES384, none fits: it is an EC key of the curve secp256r1",
+        ),
         ({"jwt_jwks_file": "/nowhere.json"}, "JWT_JWKS_FILE: expected a file with a JWK set"),
     ],
 )
@@ -358,7 +418,25 @@ PROXIES = ClientAddress(("10.0.0.0/8", "2001:db8:ffff::1"))
         ("10.0.0.1", "1.2.3.4, 10.0.0.2,10.0.0.3", "1.2.3.4"),
         ("10.0.0.1", "10.0.0.3, 10.0.0.2", "10.0.0.3"),
         ("10.0.0.1", "6.6.6.6, unknown", "10.0.0.1"),
-        ("10.0.0.1", "6.6.6.6, 1.2.3.4:5678", "10.0.0.1"),
+        ("10.0.0.1", "6.6.6.6, 1.2.3.4:5678", "1.2.3.4"),
+        ("10.0.0.1", "6.6.6.6:1, 1.2.3.4:5678, 10.0.0.2:80", "1.2.3.4"),
+        ("10.0.0.1", "[2001:db8:1:2::9]:443", "2001:db8:1:2::/64"),
+        ("10.0.0.1", "[2001:db8:1:2::9]", "2001:db8:1:2::/64"),
+        ("10.0.0.1", "2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("10.0.0.1", "1.2.3.4, [2001:db8:ffff::1]:443", "1.2.3.4"),
+        ("10.0.0.1", "[::ffff:1.2.3.4]:443", "1.2.3.4"),
+        ("10.0.0.1", "::ffff:1.2.3.4", "1.2.3.4"),
+        ("10.0.0.1", "1.2.3.4,,", "1.2.3.4"),
+        ("10.0.0.1", " , 1.2.3.4 , ,10.0.0.2\t", "1.2.3.4"),
+        ("10.0.0.1", ", ,", "10.0.0.1"),
+        ("10.0.0.1", "1.2.3.4:", "10.0.0.1"),
+        ("10.0.0.1", "1.2.3.4:port", "10.0.0.1"),
+        ("10.0.0.1", "1.2.3.4:567890", "10.0.0.1"),
+        ("10.0.0.1", "[1.2.3.4", "10.0.0.1"),
+        ("10.0.0.1", "[]:80", "10.0.0.1"),
+        ("10.0.0.1", "1.2.3.4, 10.0.0.256", "10.0.0.1"),
+        ("10.0.0.1", "1.2.3.4, 10.0.0.2;by=x", "10.0.0.1"),
+        ("9.9.9.9", "1.2.3.4:5678", "9.9.9.9"),
         ("::ffff:10.0.0.1", "::ffff:1.2.3.4", "1.2.3.4"),
         ("0000:0000:0000:0000:0000:ffff:0a00:0001", "1.2.3.4", "1.2.3.4"),
         ("2001:db8:1:2:3:4:5:6", "", "2001:db8:1:2::/64"),
@@ -376,7 +454,7 @@ def test_header_matters_only_behind_proxies() -> None:
     assert ClientAddress(()).of("10.0.0.1", "1.2.3.4") == "10.0.0.1"
 
 
-@given(st.text("0123456789abcdef.:%/, \0é"))
+@given(st.text("0123456789abcdef.:%/[], \0é"))
 def test_any_header_leaves_an_address_to_count(forwarded_for: str) -> None:
     assert PROXIES.of("10.0.0.1", forwarded_for)
     assert PROXIES.of("9.9.9.9", forwarded_for) == "9.9.9.9"

@@ -242,7 +242,7 @@ def test_wrong_setting_is_named(dev: Callable[..., Dev]) -> None:
     running = dev(settings={"RATE_LIMIT_PER_SECOND": "many"})
     running.launch()
     assert running.wait(10) == 2
-    assert "RATE_LIMIT_PER_SECOND: expected a number from 0 (off) to 1000000, got 'many'" in running.screen
+    assert "RATE_LIMIT_PER_SECOND: expected 0 (off), or a number from 0.001 to 1000000, got 'many'" in running.screen
 
 
 def test_second_interrupt_ends_everything_at_once(dev: Callable[..., Dev]) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients", "slots", "instruments", "logs",
-    "machine", "redis_clock",
+    "machine", "redis_clock", "parsers", "contradictions", "signing_keys", "listening",
 }  # fmt: skip
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
@@ -32,6 +32,7 @@ NEVER = {
     "supervisor": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},
+    "parsers": {"server", "sync", "os", "pathlib", "socket", "time"},
     "slots": {"asyncio", "time", "hiredis", "redis"},
 }
 

@@ -192,7 +192,7 @@ def test_idle_connections_do_not_hold_up_the_end(new_server: Callable[..., Serve
     [
         ("KAFKA_BROKERS", "kafka", "expected host:port, separated by commas, got 'kafka'"),
         ("JWT_JWKS_FILE", "/no/such/file", "expected a file with a JWK set"),
-        ("HOST", "no.such.host.invalid", "cannot listen on no.such.host.invalid"),
+        ("HOST", "no.such.host.invalid", "HOST: expected an address of this machine, got 'no.such.host.invalid'"),
         ("WORKERS", "0", "expected an integer from 1 to 256, got '0'"),
     ],
 )

@@ -715,7 +715,7 @@ def test_taken_port_is_said_in_one_line(tmp_path: Path, server: ServerProcess) -
     second.launch()
     wait_until(lambda: not second.running)
     assert second.status == 2
-    expected = f"scoreboard: cannot listen on 127.0.0.1:{server.port}: taken by another process"
+    expected = f"scoreboard: PORT: expected a free port at HOST=127.0.0.1, got {server.port}: another"
     assert expected in second.output_tail()
     assert "Traceback" not in second.output_tail(1000)
 

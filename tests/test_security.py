@@ -6,17 +6,23 @@ What belongs to one module is tried in that module's tests; here is what takes a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from server.auth import CACHE_SIZE, MAX_TOKEN_BYTES, Authenticator
-from server.config import Settings
-from server.embedded import RedisServer, free_port
-from server.errors import Problem
+from server.config import Settings, describe, load
+from server.dev_screen import without_password
+from server.embedded import ADDRESS, RedisServer, free_port
+from server.errors import ConfigError, Problem
 from tests.alone import server_alone
 from tests.client import (
     assert_problem,
@@ -27,7 +33,7 @@ from tests.client import (
     post_body,
     token,
 )
-from tests.services import JWT_SECRET, ServerProcess, SyncProcess, wait_until
+from tests.services import JWT_SECRET, ROOT, ServerProcess, SyncProcess, environment, wait_until
 from tests.wire import Wire, request_bytes
 
 SLOW = 300
@@ -220,12 +226,110 @@ SECRETS = {
     "JWT_SECRET": "sesame-one-0123456789-0123456789-0123456789",
     "JWT_SECRET_PREVIOUS": "sesame-two-0123456789-0123456789-0123456789",
     "REDIS_PASSWORD": "sesame-three",
+    "KAFKA_SECURITY_PROTOCOL": "sasl_plaintext",
+    "KAFKA_SASL_USERNAME": "ann",
+    "KAFKA_SASL_PASSWORD": "sesame-five",
 }
+
+CANARY = "zx81canary0123456789abcdefghijkl"
+PASSWORDS = [CANARY, *(f"{CANARY}{mark}{CANARY}" for mark in "@/?#%:,;& '\"[]=\\\n\r")]
+WRITTEN_AS = [
+    "redis://:{}@cache",
+    "redis://:{}@cache:6379/0",
+    "rediss://default:{}@cache",
+    "redis://cache?password={}",
+    "postgresql://ann:{}@db/scores",
+    "postgresql://ann:{}@db:5432/scores?sslmode=require",
+    "postgresql://db/scores?password={}",
+    "postgresql:/ann:{}@db/scores",
+    "http://ann:{}@cache",
+    "https://cache/?secret={}",
+    "tcp://ann:{}@cache:6379",
+    "sasl_ssl://ann:{}@kafka:9092",
+    "//ann:{}@cache",
+    ":{}@cache:6379",
+    "ann:{}@cache",
+    "{}@cache",
+    "cache,ann:{}@cache",
+    "host=db password={}",
+    "host=db password='{}' dbname=scores",
+    "cache password={}",
+    " {}@cache",
+    '"ann:{}@cache"',
+    "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----",
+    '{{"keys":[{{"kty":"oct","k":"{}"}}]}}',
+    "{}@cache" + "x" * 4000,
+]
+PUBLIC: set[str] = {
+    "JWT_AUDIENCE", "JWT_ISSUER", "REDIS_USERNAME", "KAFKA_SASL_USERNAME", "REDIS_KEY_PREFIX"
+}  # fmt: skip
+"""Any text is right for these, and they are no secrets."""
+
+
+@pytest.mark.parametrize("variable", sorted(variable for variable, _, _ in describe()))
+def test_secret_in_any_setting_is_kept_to_itself_or_refused_unseen(variable: str) -> None:
+    for written in WRITTEN_AS:
+        for password in PASSWORDS:
+            value = written.format(password)
+            more = {"JWT_ALGORITHMS": "RS256"} if variable == "JWT_JWKS_FILE" else {}
+            assert CANARY not in told_of({**more, variable: value}, shown=variable not in PUBLIC), value
+
+
+def told_of(environ: dict[str, str], *, shown: bool) -> str:
+    """What is said of these settings: why they are refused, or what may be shown of them."""
+    try:
+        settings = load(environ)
+        Authenticator(dataclasses.replace(settings, jwt_secret=JWT_SECRET.encode()))
+    except ConfigError as error:
+        return str(error)
+    return without_password(settings.database_url) + (repr(settings) if shown else "")
+
+
+@pytest.mark.parametrize("variable", ["REDIS_HOST", "REDIS_PORT", "KAFKA_BROKERS", "HOST", "PORT", "METRICS_HOST"])
+def test_url_where_a_host_or_port_belongs_is_refused(variable: str) -> None:
+    for written in ("redis://:{}@cache", "redis://cache", "ann:{}@cache", "{}@cache", "//cache", "cache/0"):
+        with pytest.raises(ConfigError, match=f"^{variable}: expected "):
+            load({variable: written.format(CANARY)})
+
+
+@pytest.mark.parametrize("written", [written for written in WRITTEN_AS if "db" in written])
+def test_database_address_that_is_taken_leads_to_no_message_with_its_password(written: str) -> None:
+    port = free_port()
+    for password in PASSWORDS:
+        try:
+            url = load({"DATABASE_URL": written.format(password)}).database_url
+        except ConfigError:
+            continue
+        with pytest.raises(psycopg.Error) as caught:
+            psycopg.connect(make_conninfo(url, host=ADDRESS, port=port, connect_timeout=2))
+        assert CANARY not in str(caught.value)
+
+
+def test_no_command_shows_a_secret_that_stands_in_a_wrong_place(tmp_path: Path) -> None:
+    """Every setting that takes no text is wrong at once, each in one of three ways."""
+    shapes = ("ann:{}@cache", "redis://:{}@cache:6379", "-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----")
+    commands = [[name] for name in ("serve", "all", "check", "sync", "migrate", "reconcile", "dead-letters", "health")]
+    commands += [["token", "--sub", "ann"], ["dev", "--data", str(tmp_path / "data")]]
+    names = [variable for variable, _, _ in describe() if variable not in PUBLIC]
+    env = environment({name: shapes[number % 3].format(CANARY) for number, name in enumerate(names)})
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "server", *command],
+            env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for command in commands
+    ]  # fmt: skip
+    for command, process in zip(commands, running, strict=True):
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == (1 if command == ["check"] else 2), (command, said)
+        assert "REDIS_HOST: expected " in said
+        assert "Traceback" not in said
+        assert CANARY not in said
 
 
 def test_no_secret_is_ever_written_whatever_fails(tmp_path: Path) -> None:
     redis = RedisServer(tmp_path / "redis", options={"requirepass": "another password"})
-    url = f"postgresql://ann:sesame-four@127.0.0.1:{free_port()}/none"
+    url = f"postgresql://ann:sesame%40four%2F@127.0.0.1:{free_port()}/none"
     settings = {
         **SECRETS,
         "REDIS_PORT": str(redis.port),

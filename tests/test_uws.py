@@ -654,7 +654,10 @@ def test_taken_port_is_a_clear_error(app: UwsApp, tmp_path: Path) -> None:
     second.launch()
     wait_until(lambda: not second.running)
     assert second.status == 1
-    assert f"UwsError: cannot listen on 127.0.0.1:{app.port}: taken by another process" in second.output
+    assert (
+        f"UwsError: PORT: expected a free port at HOST=127.0.0.1, got {app.port}: another process has it"
+        in second.output
+    )
 
 
 def test_port_is_free_again_after_a_kill(new_app: Callable[..., UwsApp]) -> None:

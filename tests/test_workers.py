@@ -78,7 +78,7 @@ def ss(*arguments: str) -> str:
 def test_port_that_is_held_is_free_for_sharers_and_for_nobody_else() -> None:
     with hold_port(ADDRESS, 0) as holder, socket.socket() as sharer:
         port = holder.getsockname()[1]
-        with pytest.raises(UwsError, match="PORT: expected a free one"):
+        with pytest.raises(UwsError, match="PORT: expected a free port"):
             hold_port(ADDRESS, port)
         sharer.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sharer.bind((ADDRESS, port))
@@ -203,7 +203,7 @@ def test_process_that_was_left_behind_shares_its_port_with_nobody(
     try:
         os.kill(workers.pid, signal.SIGKILL)  # the workers are told by the kernel, but one cannot hear it
         wait_until(lambda: workers.pids() == [stuck])
-        with pytest.raises(UwsError, match="PORT: expected a free one"):
+        with pytest.raises(UwsError, match="PORT: expected a free port"):
             hold_port(ADDRESS, workers.port)
     finally:
         os.kill(stuck, signal.SIGCONT)
