@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-import urllib.parse
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -22,23 +21,28 @@ from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.bodies import Change, Result
 from server.config import Settings
 from server.database import TOP_LIMIT, Database
-from server.errors import Problem, not_applied
+from server.errors import Problem, ProblemType, not_applied
 from server.events import MAX_PLAYER, MAX_SCORE
 from server.instruments import CONTENT_TYPE, Metrics
 from server.keys import default_board, idempotency_name
 from server.live import Live
 from server.openapi import MAX_IDEMPOTENCY_KEY, OPENAPI_PATH, document
 from server.pages import page_json
+from server.queries import query_fields
 from server.scores import Scores
 from server.shards import Shards
 from server.uws import Handler, Request, Server
 from server.uws_native import Flight, Post
 from server.web_files import WEB, WebFile, read_files
+from server.websocket_protocol import check_handshake, upgrade_required
 
 MAX_BODY_BYTES: Final = 16 * 1024
 PREFLIGHT_S: Final = 7200
 LONGEST_TARGET: Final = 128
 """Longest path and query to remember, in bytes: any that is asked for in earnest is shorter."""
+
+LONGEST_VALUE: Final = 256
+"""Of a field of a query, encoded: a board's name has 64 characters."""
 
 _VISIBLE_ASCII: Final = re.compile(rb"[\x21-\x7e]+")
 _VARY: Final = b"\r\nVary: Origin"
@@ -131,6 +135,8 @@ class Routes:
             name = idempotency_name(caller.subject, parse_idempotency_key(raw_key))
             key = IdempotencyKey(name, fingerprint(board, player, delta), "" if caller.is_writer else caller.subject)
         request.context = player
+        if caller.is_writer:
+            request.is_writer = True
         self.scores.submit(board, player, delta, subject, 2 if caller.is_writer else 1, request, key)
 
     def on_outcomes(self, requests: list[Request | Post], results: list[int]) -> None:
@@ -155,7 +161,7 @@ class Routes:
         elif outcome == Outcome.REPLAYED:
             request.answer(_REPLAYED, _encode(Result(request.context, value)))
         elif outcome == Outcome.LIMITED:
-            self.on_problem(request, self._limited(value))
+            self.on_problem(request, self._limited(value, is_writer=request.is_writer))
         elif outcome == Outcome.OUT_OF_RANGE:
             detail = f"scoreDelta: expected a resulting |score| of at most {MAX_SCORE}; the score is {value}"
             self.on_problem(request, Problem(400, detail))
@@ -204,7 +210,7 @@ class Routes:
             page = page_json(await self._database.top(board, limit))
         except (psycopg.Error, OSError, TimeoutError):
             detail = "neither Redis nor the database can be read now"
-            reader.problem(Problem(503, detail, kind="unavailable", headers=(("Retry-After", "1"),)))
+            reader.problem(Problem(503, detail, kind=ProblemType.UNAVAILABLE, headers=(("Retry-After", "1"),)))
             return
         reader.answer(_FROM_DATABASE, page)
 
@@ -256,7 +262,9 @@ class Routes:
             if request.method == "OPTIONS":
                 self._preflight(request)
             elif upgrade and request.method in ("GET", "HEAD"):
-                raise Problem(426, "expected a WebSocket upgrade", headers=(("Upgrade", "websocket"),))
+                if request.method == "GET":
+                    check_handshake(request.joined_header)
+                raise upgrade_required("expected a WebSocket upgrade")
             else:
                 raise Problem(405, f"expected one of {allowed}", headers=(("Allow", allowed),))
 
@@ -304,14 +312,16 @@ class Routes:
     def _address(self, request: Request | Post, forwarded_for: bytes) -> str:
         return self._client.of(request.peer, forwarded_for.decode("latin-1"))
 
-    def _limited(self, wait_us: int) -> Problem:
-        """429 with the fields of draft-ietf-httpapi-ratelimit-headers."""
-        settings = self._settings
-        burst, wait_s = settings.rate_limit_burst, -(-wait_us // 1_000_000)
-        window_s = max(1, round(burst / (settings.rate_limit_per_second or 1)))
+    def _limited(self, wait_us: int, *, is_writer: bool) -> Problem:
+        """429 with the fields of draft-ietf-httpapi-ratelimit-headers, as they are for players or for game servers."""
+        settings, wait_s = self._settings, -(-wait_us // 1_000_000)
+        rate, burst = settings.rate_limit_per_second, settings.rate_limit_burst
+        if is_writer:
+            rate, burst = settings.rate_limit_writers_per_second, settings.rate_limit_writers_burst
+        window_s = max(1, round(burst / (rate or 1)))
         return Problem(
             429,
-            f"expected at most {settings.rate_limit_per_second:g} updates a second, {burst} at once",
+            f"expected at most {rate:g} updates a second, {burst} at once",
             headers=(
                 ("Retry-After", str(wait_s)),
                 ("RateLimit-Policy", f'"updates";q={burst};w={window_s}'),
@@ -373,7 +383,7 @@ def parse_page(query: str, boards: tuple[str, ...], default_board: str) -> tuple
 
     Raises Problem 400 or 404.
     """
-    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    fields = query_fields(query, LONGEST_VALUE)
     limit, board = fields.get("limit", "10"), fields.get("board", default_board)
     if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= TOP_LIMIT:
         raise Problem(400, f"limit: expected an integer from 1 to {TOP_LIMIT}, got {limit[:80]!r}")

@@ -6,7 +6,6 @@ Pure: knows no socket.
 from __future__ import annotations
 
 import re
-import urllib.parse
 from typing import Final
 
 import msgspec
@@ -15,9 +14,19 @@ from server.errors import Problem
 from server.events import MAX_PLAYER
 from server.hub import Watcher
 from server.keys import default_board
+from server.queries import query_fields
 
 LIMITS: Final = (10, 25, 50, 100)
 MAX_NAMED: Final = 100
+
+MAX_MESSAGE_BYTES: Final = 160 * 1024
+"""All that a client may say fits, however its JSON is spelled: MAX_NAMED names of MAX_PLAYER characters, each of which
+takes up to 12 bytes (\\ud83e\\udd8a), and 100 bytes of quotes, commas and indentation beside each name."""
+
+HEARTBEATS: Final = {b"ping": b"pong", b'"ping"': b'"pong"'}
+"""What libraries send to keep a connection alive, as text or as JSON, and what they expect back. Beside it: Ping."""
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 class Subscribe(msgspec.Struct, tag_field="type", tag="subscribe"):
@@ -32,8 +41,12 @@ class Unsubscribe(msgspec.Struct, tag_field="type", tag="unsubscribe"):
     players: list[str]
 
 
-decode_message: Final = msgspec.json.Decoder(Subscribe | Unsubscribe).decode
-"""A client's message. Raises msgspec.DecodeError."""
+class Ping(msgspec.Struct, tag_field="type", tag="ping"):
+    """A heartbeat, with whatever else in it."""
+
+
+decode_message: Final = msgspec.json.Decoder(Subscribe | Unsubscribe | Ping).decode
+"""A client's message. Raises msgspec.DecodeError, ValueError or RecursionError."""
 
 
 def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
@@ -41,7 +54,7 @@ def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
 
     Raises Problem 400 or 404.
     """
-    fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    fields = query_fields(query, len(query))
     board = fields.get("board", default_board(boards))
     if board not in boards:
         raise Problem(404, f"board: expected one of {', '.join(boards)}, got {board[:80]!r}")
@@ -65,3 +78,5 @@ def check_players(players: set[str]) -> None:
         raise ValueError(f"players: expected at most {MAX_NAMED}, got {len(players)}")
     if not all(1 <= len(player) <= MAX_PLAYER for player in players):
         raise ValueError(f"players: expected ids of 1 to {MAX_PLAYER} characters")
+    if any(map(_SURROGATE.search, players)):
+        raise ValueError("players: expected ids in UTF-8")
