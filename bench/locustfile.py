@@ -81,12 +81,32 @@ def authorization(player: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {jwt.encode(claims, SECRET, algorithm='HS256')}"}
 
 
+def base(host: str | None) -> str | None:
+    """What the paths of requests are put behind."""
+    return host and host.rstrip("/")
+
+
+def files_of(page: str) -> list[str]:
+    """The paths of what a page names, each of them once; they are relative to it."""
+    return sorted({f"/{name}" for name in re.findall(r'(?:src|href)="/?([^":]+)"', page)})
+
+
 def new_name(kind: str) -> str:
     """No two users have the same, in no two runs."""
     return f"{kind}-{_run}-{os.getpid()}-{next(_numbers)}"
 
 
-class Player(FastHttpUser):
+class HttpUser(FastHttpUser):
+    """Asks a server whose address may end with a slash, as browsers show it, or with the path a proxy serves it at."""
+
+    abstract = True
+
+    def __init__(self, environment: Any) -> None:
+        self.host = base(self.host)
+        super().__init__(environment)
+
+
+class Player(HttpUser):
     """Scores every half second, and now and then looks at the board."""
 
     weight = 8
@@ -136,7 +156,7 @@ class Player(FastHttpUser):
         return False
 
 
-class Visitor(FastHttpUser):
+class Visitor(HttpUser):
     """Loads the page with all its files, as a browser does that has none of them, then the board once more."""
 
     weight = 1
@@ -146,7 +166,7 @@ class Visitor(FastHttpUser):
     def load(self) -> None:
         """GET /, what it names, /leaderboard"""
         page = self.client.get(ENDPOINTS["PAGE"].name)
-        for path in sorted(set(re.findall(r'(?:src|href)="(/[^"]+)"', page.text or ""))):
+        for path in files_of(page.text or ""):
             self.client.get(path, name=ENDPOINTS["FILE"].name)
         self.client.get(f"/leaderboard?limit={BOARD_LIMIT}", name=ENDPOINTS["BOARD"].name)
 
@@ -171,7 +191,7 @@ class Watcher(User):
     def watch(self) -> None:
         """Read until the connection ends."""
         began_s: float | None = time.perf_counter()
-        address = self.host.replace("http", "ws", 1) + f"/live-updates?limit={BOARD_LIMIT}&scores=none"
+        address = base(self.host).replace("http", "ws", 1) + f"/live-updates?limit={BOARD_LIMIT}&scores=none"
         try:
             self.socket = websocket.create_connection(
                 address, timeout=60, header=self.headers, skip_utf8_validation=True

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 DRAIN_GRACE_S: Final = 10.0
 WEBSOCKET_PATH: Final = "/live-updates"
+DATABASE_AT_LEAST_S: Final = 0.25
+"""How long a reader waits for the database when Redis is away, however short REQUEST_DEADLINE_MS is."""
 
 
 def serve(argv: list[str]) -> int:
@@ -61,12 +63,13 @@ async def _serve(settings: config.Settings, *, shared_port: bool) -> int:
     from server.auth import Authenticator
     from server.database import Database
     from server.instruments import Metrics
-    from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, MAX_MESSAGE_BYTES, Live
+    from server.live import IDLE_TIMEOUT_S, MAX_FLUSH_BYTES, Live
     from server.metrics import ServerMetrics
     from server.routes import Routes
+    from server.subscription import MAX_MESSAGE_BYTES
 
-    # A reader gives Redis half of its time, and the database the other.
-    database = Database(settings.database_url, settings.request_deadline_ms / 2000 - 0.05)
+    # A reader gives Redis half of its time, and the database the other, which must do for a new connection to it.
+    database = Database(settings.database_url, max(DATABASE_AT_LEAST_S, settings.request_deadline_ms / 2000 - 0.05))
     try:
         authenticator = Authenticator(settings)
         routes = Routes(settings, authenticator, database)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from server.errors import Problem
+from server.errors import Problem, ProblemType
 
 RETRY_AFTER_S: Final = 5
 
@@ -31,14 +31,17 @@ class Admission:
         if self._most_per_address and self._by_address.get(address, 0) >= self._most_per_address:
             raise _full(f"expected at most {self._most_per_address} connections from {address} (LIVE_MAX_PER_IP)")
 
-    def enter(self, address: str) -> None:
-        """One more from there."""
+    def enter(self, address: str | None) -> None:
+        """One more from there; None is nowhere, and counts in total only."""
         self.connections += 1
-        self._by_address[address] = self._by_address.get(address, 0) + 1
+        if address is not None:
+            self._by_address[address] = self._by_address.get(address, 0) + 1
 
-    def leave(self, address: str) -> None:
+    def leave(self, address: str | None) -> None:
         """One less from there."""
         self.connections -= 1
+        if address is None:
+            return
         left = self._by_address[address] - 1
         if left:
             self._by_address[address] = left
@@ -47,4 +50,5 @@ class Admission:
 
 
 def _full(detail: str) -> Problem:
-    return Problem(503, detail, kind="too-many-connections", headers=(("Retry-After", str(RETRY_AFTER_S)),), close=True)
+    headers = (("Retry-After", str(RETRY_AFTER_S)),)
+    return Problem(503, detail, kind=ProblemType.TOO_MANY_CONNECTIONS, headers=headers, close=True)

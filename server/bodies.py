@@ -11,7 +11,7 @@ from typing import Annotated, Final
 
 import msgspec
 
-from server.errors import PROBLEM_KINDS
+from server.errors import ProblemType
 from server.events import MAX_PLAYER, MAX_SCORE
 
 PLAYER: Final = {"minLength": 1, "maxLength": MAX_PLAYER, "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$"}
@@ -102,7 +102,7 @@ class Readiness(msgspec.Struct):
 class ProblemDocument(msgspec.Struct):
     """What went wrong (RFC 9457)."""
 
-    type: Annotated[str, msgspec.Meta(extra_json_schema={"enum": [f"urn:scoreboard:{kind}" for kind in PROBLEM_KINDS]})]
+    type: Annotated[str, msgspec.Meta(extra_json_schema={"enum": [f"urn:scoreboard:{kind}" for kind in ProblemType]})]
     title: str
     status: Annotated[int, msgspec.Meta(extra_json_schema={"minimum": 400, "maximum": 599})]
     detail: str

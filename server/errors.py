@@ -39,35 +39,59 @@ class TopicChanged(ScoreboardError):
     """The topic was made anew, so the offsets in the database mean nothing for it."""
 
 
-_PROBLEM_TYPES: Final = {
-    400: "invalid-request",
-    401: "unauthorized",
-    403: "forbidden",
-    404: "not-found",
-    405: "method-not-allowed",
-    408: "request-timeout",
-    413: "body-too-large",
-    414: "target-too-long",
-    415: "encoding-not-supported",
-    417: "expectation-failed",
-    422: "idempotency-key-reused",
-    426: "upgrade-required",
-    429: "rate-limited",
-    431: "headers-too-large",
-    500: "internal-error",
-    501: "not-implemented",
-    503: "not-applied",
-    505: "version-not-supported",
-}
+class ProblemType(enum.StrEnum):
+    """The last part of every problem `type` there is; /openapi.json lists them."""
 
-PROBLEM_KINDS: Final = (*_PROBLEM_TYPES.values(), "outcome-unknown", "unavailable")
-"""The last part of every problem `type` there is."""
+    INVALID_REQUEST = "invalid-request"
+    UNAUTHORIZED = "unauthorized"
+    FORBIDDEN = "forbidden"
+    NOT_FOUND = "not-found"
+    METHOD_NOT_ALLOWED = "method-not-allowed"
+    REQUEST_TIMEOUT = "request-timeout"
+    BODY_TOO_LARGE = "body-too-large"
+    TARGET_TOO_LONG = "target-too-long"
+    ENCODING_NOT_SUPPORTED = "encoding-not-supported"
+    EXPECTATION_FAILED = "expectation-failed"
+    IDEMPOTENCY_KEY_REUSED = "idempotency-key-reused"
+    UPGRADE_REQUIRED = "upgrade-required"
+    RATE_LIMITED = "rate-limited"
+    HEADERS_TOO_LARGE = "headers-too-large"
+    INTERNAL_ERROR = "internal-error"
+    NOT_IMPLEMENTED = "not-implemented"
+    NOT_APPLIED = "not-applied"
+    OUTCOME_UNKNOWN = "outcome-unknown"
+    UNAVAILABLE = "unavailable"
+    VERSION_NOT_SUPPORTED = "version-not-supported"
+    TOO_MANY_CONNECTIONS = "too-many-connections"
+
+
+USUAL_TYPES: Final = {
+    400: ProblemType.INVALID_REQUEST,
+    401: ProblemType.UNAUTHORIZED,
+    403: ProblemType.FORBIDDEN,
+    404: ProblemType.NOT_FOUND,
+    405: ProblemType.METHOD_NOT_ALLOWED,
+    408: ProblemType.REQUEST_TIMEOUT,
+    413: ProblemType.BODY_TOO_LARGE,
+    414: ProblemType.TARGET_TOO_LONG,
+    415: ProblemType.ENCODING_NOT_SUPPORTED,
+    417: ProblemType.EXPECTATION_FAILED,
+    422: ProblemType.IDEMPOTENCY_KEY_REUSED,
+    426: ProblemType.UPGRADE_REQUIRED,
+    429: ProblemType.RATE_LIMITED,
+    431: ProblemType.HEADERS_TOO_LARGE,
+    500: ProblemType.INTERNAL_ERROR,
+    501: ProblemType.NOT_IMPLEMENTED,
+    503: ProblemType.NOT_APPLIED,
+    505: ProblemType.VERSION_NOT_SUPPORTED,
+}
+"""What a problem of each status is where nothing else is said."""
 
 
 class Problem(ScoreboardError):
     """An answer of `application/problem+json` (RFC 9457).
 
-    `kind` is the last part of the problem `type`; it defaults to the one usual for the status.
+    `kind` defaults to the one usual for the status.
     `headers` are (name, value) pairs; `close` ends the connection behind the answer.
     """
 
@@ -76,14 +100,14 @@ class Problem(ScoreboardError):
         status: int,
         detail: str,
         *,
-        kind: str | None = None,
+        kind: ProblemType | None = None,
         headers: tuple[tuple[str, str], ...] = (),
         close: bool = False,
     ) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail
-        self.kind = kind or _PROBLEM_TYPES[status]
+        self.kind = kind or USUAL_TYPES[status]
         self.headers = headers
         self.close = close
 
@@ -112,7 +136,7 @@ def not_applied(detail: str, retry_after_s: int = 1) -> Problem:
 def outcome_unknown(detail: str, retry_after_s: int = 1) -> Problem:
     """503 for an update that may have happened: to be retried only with an Idempotency-Key."""
     retry = (("Retry-After", str(retry_after_s)),)
-    return Problem(503, detail, kind="outcome-unknown", headers=retry)
+    return Problem(503, detail, kind=ProblemType.OUTCOME_UNKNOWN, headers=retry)
 
 
 class CloseCode(enum.IntEnum):
@@ -122,4 +146,7 @@ class CloseCode(enum.IntEnum):
     GOING_AWAY = 1001
     TRY_AGAIN_LATER = 1013
     # Do not reconnect with the same behaviour.
+    PROTOCOL_ERROR = 1002
+    INVALID_DATA = 1007
     POLICY_VIOLATION = 1008
+    MESSAGE_TOO_BIG = 1009

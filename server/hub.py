@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final
 
+from server.budget import Budget
 from server.messages import list_message, score_message, skipped_message
 
 Entry = tuple[str, int]
@@ -47,12 +48,12 @@ class Watcher:
     asked: set[str] = dataclasses.field(default_factory=set)
     """Players whose current score the next flush owes it."""
     lagging_since_ms: int | None = None
-    address: str = ""
-    """Where it comes from, as limits count it."""
-    errors: int = 0
-    """Messages of it that made no sense."""
-    paid_until_ms: float = 0.0
-    """Up to when its messages have used up what it may send (GCRA)."""
+    address: str | None = None
+    """Where it comes from, as limits count it; None for one that no limit by address counts."""
+    messages: Budget = dataclasses.field(default_factory=Budget)
+    """For what it sends."""
+    errors: Budget = dataclasses.field(default_factory=Budget)
+    """For what it sends that makes no sense."""
     told_trouble: str = ""
     """Why it was last told that the board is not live; silence means that it is."""
 

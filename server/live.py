@@ -22,15 +22,16 @@ from server.event_feed import Changes, EventFeed
 from server.hub import Hub, Publish, Read, Send, Shard, Watcher
 from server.instruments import LATENCY_BOUNDS_S, Histogram
 from server.keys import BoardsKeys
-from server.messages import error_message, status_message
+from server.messages import error_message, pong_message, status_message
 from server.pages import entries_of
 from server.scores import BoardCommand, Scores
 from server.shards import Shards
-from server.subscription import Unsubscribe, check_players, decode_message, parse_query
+from server.subscription import HEARTBEATS, Ping, Unsubscribe, check_players, decode_message, parse_query
 from server.uws import Request, SendStatus, Socket
 
-MAX_ERRORS: Final = 20
-"""Client messages that make no sense before the connection is closed."""
+ERROR_BURST: Final = 20
+ERROR_INTERVAL_S: Final = 10.0
+"""Client messages that make no sense: twenty at once, and one is forgotten every 10 s; more than that is closed."""
 
 COMING_BACK_PER_S: Final = 2000
 """Connections that may come back in a second after a restart: a quarter of what a busy machine can take."""
@@ -38,12 +39,17 @@ COMING_BACK_PER_S: Final = 2000
 MAX_FLUSH_BYTES: Final = 1 << 20
 """The most one flush may add to a connection that is just below the high-water mark."""
 
-MESSAGE_INTERVAL_MS: Final = 100
+MESSAGE_INTERVAL_S: Final = 0.1
 MESSAGE_BURST: Final = 100
-"""Client messages: ten a second on the long run, a hundred at once; more than that is closed."""
+MESSAGE_BYTES: Final = 16_384
+"""Client messages: ten a second on the long run, a hundred at once; more than that is closed. A long one counts once
+for each MESSAGE_BYTES that it begins."""
 
-MAX_MESSAGE_BYTES: Final = 32_768
-IDLE_TIMEOUT_S: Final = 120
+IDLE_TIMEOUT_S: Final = 36
+"""A client that sends nothing for so long is gone. It is pinged after 16 to 20 s, before what stands between takes a
+quiet connection for a dead one: nginx, HAProxy and the clouds' load balancers do after 60 s, some firewalls after 30.
+"""
+
 SEND_S: Final = 0.000_005
 """What sending to one subscriber of a topic takes: uWebSockets does it when the loop turns, beyond our timing."""
 
@@ -122,9 +128,9 @@ class Live:
         self._check_origin(request)
         watcher = parse_query(request.query, self._settings.boards)
         forwarded_for = request.joined_header(b"x-forwarded-for") if self._client.needs_header else b""
-        watcher.address = self._client.of(request.peer, forwarded_for.decode("latin-1"))
         self._admission.check_total()
         if not self._has_token(request):
+            watcher.address = self._client.of(request.peer, forwarded_for.decode("latin-1"))
             self._admission.check_address(watcher.address)
         return watcher
 
@@ -154,19 +160,26 @@ class Live:
         self._schedule()
 
     def received(self, connection: Socket, text: bytes) -> None:
-        """subscribe or unsubscribe; anything else is answered with an error."""
+        """subscribe, unsubscribe or a heartbeat; anything else is answered with an error."""
         watcher: Watcher = connection.state
-        if not self._may_send(watcher):
+        cost_s = MESSAGE_INTERVAL_S * (1 + len(text) // MESSAGE_BYTES)
+        if not watcher.messages.spend(cost_s, MESSAGE_INTERVAL_S * MESSAGE_BURST, time.monotonic()):
             connection.end(CloseCode.POLICY_VIOLATION, b"too many messages")
+            return
+        if text in HEARTBEATS:
+            self._reply(connection, HEARTBEATS[text])
             return
         try:
             message = decode_message(text)
+            if isinstance(message, Ping):
+                self._reply(connection, pong_message())
+                return
             players = set(message.players)
             if isinstance(message, Unsubscribe):
                 self._hub.unsubscribe(watcher, players)
                 return
             check_players(players | watcher.players)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             self._complain(connection, str(error))
             return
         self._hub.subscribe(watcher, players)
@@ -185,19 +198,17 @@ class Live:
         self._hub.leave(connection.state)
         self._feed.watch(self._hub.watchers > 0)
 
-    @staticmethod
-    def _may_send(watcher: Watcher) -> bool:
-        now_ms = _now_ms()
-        watcher.paid_until_ms = max(watcher.paid_until_ms, now_ms) + MESSAGE_INTERVAL_MS
-        return watcher.paid_until_ms <= now_ms + MESSAGE_BURST * MESSAGE_INTERVAL_MS
-
     def _complain(self, connection: Socket, detail: str) -> None:
         watcher: Watcher = connection.state
-        watcher.errors += 1
-        if watcher.errors > MAX_ERRORS:
+        if watcher.errors.spend(ERROR_INTERVAL_S, ERROR_INTERVAL_S * ERROR_BURST, time.monotonic()):
+            self._reply(connection, error_message(detail))
+        else:
             connection.end(CloseCode.POLICY_VIOLATION, b"too many messages that make no sense")
-        elif connection.buffered_bytes <= self._settings.live_high_water_bytes:
-            connection.send(error_message(detail))
+
+    def _reply(self, connection: Socket, text: bytes) -> None:
+        """Answer a message, unless its sender does not read what it is sent."""
+        if connection.buffered_bytes <= self._settings.live_high_water_bytes:
+            connection.send(text)
 
     # ------------------------------------------------------------------ changes
 

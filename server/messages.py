@@ -56,6 +56,11 @@ def status_message(trouble: str) -> bytes:
     )
 
 
+def pong_message() -> bytes:
+    """The answer to a heartbeat."""
+    return _encode({"type": "pong"})
+
+
 def error_message(detail: str) -> bytes:
     """A message of the client cannot be understood."""
     return _encode({"type": "error", "detail": detail})

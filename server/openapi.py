@@ -52,6 +52,7 @@ _HEADERS: Final[dict[str, Json]] = {
         "description": "`database`: Redis cannot be read, this is from the database.",
         "schema": {"const": "database"},
     },
+    "Sec-WebSocket-Version": {"description": "Of the protocol (RFC 6455).", "schema": {"const": "13"}},
     "Upgrade": {"description": "The protocol expected.", "schema": {"const": "websocket"}},
     "WWW-Authenticate": {"description": "What token is expected (RFC 6750).", **_TEXT},
     "X-Request-Id": {"description": "What the log calls this request.", **_TEXT},
@@ -171,11 +172,13 @@ def _live(board: Json) -> Json:
         ],
         "responses": {
             "101": _answer("The connection is a WebSocket now."),
-            "400": _problem("A parameter is out of range."),
+            "400": _problem("A parameter is out of range, or the handshake is none of RFC 6455."),
             "403": _problem("Pages of that origin may not watch."),
             "404": _problem("No such board."),
             "414": _TOO_LONG,
-            "426": _problem("This was no WebSocket handshake.", "Upgrade"),
+            "426": _problem(
+                "This was no WebSocket handshake, or one of another version.", "Upgrade", "Sec-WebSocket-Version"
+            ),
             "500": _problem("A fault of ours; `detail` has the id it is logged with."),
             "503": _problem("Restarting, or too many connections.", "Retry-After"),
         },

@@ -20,7 +20,9 @@ MAX_NAME: Final = 64
 def query_fields(query: str, longest: int) -> dict[str, str]:
     """The fields of `?a=b&c=d`, decoded; of several with one name, the last counts.
 
-    A value is cut off after `longest` characters, as sent: decoding costs time, so a route says what it can use.
+    `query` has a character for each byte that was sent, percent-encoded or not; they are UTF-8. A byte that is not
+    becomes a lone surrogate (`surrogateescape`), which no name of a player or board has. A value is cut off after
+    `longest` characters, as sent: decoding costs time, so a route says what it can use.
     Raises Problem 400 when there are more than MAX_FIELDS.
     """
     parts = query.split("&", MAX_FIELDS)
@@ -30,5 +32,10 @@ def query_fields(query: str, longest: int) -> dict[str, str]:
     for part in parts:
         name, _, value = part.partition("=")
         if part and len(name) <= MAX_NAME:
-            fields[urllib.parse.unquote_plus(name)] = urllib.parse.unquote_plus(value[:longest])
+            fields[_decoded(name)] = _decoded(value[:longest])
     return fields
+
+
+def _decoded(text: str) -> str:
+    sent = text.encode("latin-1").replace(b"+", b" ")
+    return urllib.parse.unquote_to_bytes(sent).decode("utf-8", "surrogateescape")

@@ -21,7 +21,7 @@ from server.batches import IdempotencyKey, Outcome, fingerprint
 from server.bodies import Change, Result, SpelledChange, whole_number
 from server.config import Settings
 from server.database import TOP_LIMIT, Database
-from server.errors import Problem, not_applied
+from server.errors import Problem, ProblemType, not_applied
 from server.events import CONTROL_CHARACTERS, MAX_PLAYER, MAX_SCORE
 from server.instruments import CONTENT_TYPE, Metrics
 from server.keys import default_board, idempotency_name
@@ -34,6 +34,7 @@ from server.shards import Shards
 from server.uws import Handler, Request, Server
 from server.uws_native import Flight, Post
 from server.web_files import WEB, WebFile, read_files
+from server.websocket_protocol import check_handshake, upgrade_required
 
 MAX_BODY_BYTES: Final = 16 * 1024
 PREFLIGHT_S: Final = 7200
@@ -142,6 +143,8 @@ class Routes:
             name = idempotency_name(caller.subject, parse_idempotency_key(raw_key))
             key = IdempotencyKey(name, fingerprint(board, player, delta), "" if caller.is_writer else caller.subject)
         request.context = player
+        if caller.is_writer:
+            request.is_writer = True
         self.scores.submit(board, player, delta, subject, 2 if caller.is_writer else 1, request, key)
 
     def on_outcomes(self, requests: list[Request | Post], results: list[int]) -> None:
@@ -166,7 +169,7 @@ class Routes:
         elif outcome == Outcome.REPLAYED:
             request.answer(_REPLAYED, _encode(Result(request.context, value)))
         elif outcome == Outcome.LIMITED:
-            self.on_problem(request, self._limited(value))
+            self.on_problem(request, self._limited(value, is_writer=request.is_writer))
         elif outcome == Outcome.OUT_OF_RANGE:
             detail = f"scoreDelta: expected a resulting |score| of at most {MAX_SCORE}; the score is {value}"
             self.on_problem(request, Problem(400, detail))
@@ -215,7 +218,7 @@ class Routes:
             page = page_json(await self._database.top(board, limit))
         except (psycopg.Error, OSError, TimeoutError):
             detail = "neither Redis nor the database can be read now"
-            reader.problem(Problem(503, detail, kind="unavailable", headers=(("Retry-After", "1"),)))
+            reader.problem(Problem(503, detail, kind=ProblemType.UNAVAILABLE, headers=(("Retry-After", "1"),)))
             return
         reader.answer(_FROM_DATABASE, page)
 
@@ -267,7 +270,9 @@ class Routes:
             if request.method == "OPTIONS":
                 self._preflight(request)
             elif upgrade and request.method in ("GET", "HEAD"):
-                raise Problem(426, "expected a WebSocket upgrade", headers=(("Upgrade", "websocket"),))
+                if request.method == "GET":
+                    check_handshake(request.joined_header)
+                raise upgrade_required("expected a WebSocket upgrade")
             else:
                 raise Problem(405, f"expected one of {allowed}", headers=(("Allow", allowed),))
 
@@ -315,14 +320,16 @@ class Routes:
     def _address(self, request: Request | Post, forwarded_for: bytes) -> str:
         return self._client.of(request.peer, forwarded_for.decode("latin-1"))
 
-    def _limited(self, wait_us: int) -> Problem:
-        """429 with the fields of draft-ietf-httpapi-ratelimit-headers."""
-        settings = self._settings
-        burst, wait_s = settings.rate_limit_burst, -(-wait_us // 1_000_000)
-        window_s = max(1, round(burst / (settings.rate_limit_per_second or 1)))
+    def _limited(self, wait_us: int, *, is_writer: bool) -> Problem:
+        """429 with the fields of draft-ietf-httpapi-ratelimit-headers, as they are for players or for game servers."""
+        settings, wait_s = self._settings, -(-wait_us // 1_000_000)
+        rate, burst = settings.rate_limit_per_second, settings.rate_limit_burst
+        if is_writer:
+            rate, burst = settings.rate_limit_writers_per_second, settings.rate_limit_writers_burst
+        window_s = max(1, round(burst / (rate or 1)))
         return Problem(
             429,
-            f"expected at most {settings.rate_limit_per_second:g} updates a second, {burst} at once",
+            f"expected at most {rate:g} updates a second, {burst} at once",
             headers=(
                 ("Retry-After", str(wait_s)),
                 ("RateLimit-Policy", f'"updates";q={burst};w={window_s}'),

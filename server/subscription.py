@@ -19,6 +19,15 @@ from server.queries import query_fields
 LIMITS: Final = (10, 25, 50, 100)
 MAX_NAMED: Final = 100
 
+MAX_MESSAGE_BYTES: Final = 160 * 1024
+"""All that a client may say fits, however its JSON is spelled: MAX_NAMED names of MAX_PLAYER characters, each of which
+takes up to 12 bytes (\\ud83e\\udd8a), and 100 bytes of quotes, commas and indentation beside each name."""
+
+HEARTBEATS: Final = {b"ping": b"pong", b'"ping"': b'"pong"'}
+"""What libraries send to keep a connection alive, as text or as JSON, and what they expect back. Beside it: Ping."""
+
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
 
 class Subscribe(msgspec.Struct, tag_field="type", tag="subscribe"):
     """Follow these players by name too."""
@@ -32,8 +41,12 @@ class Unsubscribe(msgspec.Struct, tag_field="type", tag="unsubscribe"):
     players: list[str]
 
 
-decode_message: Final = msgspec.json.Decoder(Subscribe | Unsubscribe).decode
-"""A client's message. Raises msgspec.DecodeError."""
+class Ping(msgspec.Struct, tag_field="type", tag="ping"):
+    """A heartbeat, with whatever else in it."""
+
+
+decode_message: Final = msgspec.json.Decoder(Subscribe | Unsubscribe | Ping).decode
+"""A client's message. Raises msgspec.DecodeError, ValueError or RecursionError."""
 
 
 def parse_query(query: str, boards: tuple[str, ...]) -> Watcher:
@@ -65,3 +78,5 @@ def check_players(players: set[str]) -> None:
         raise ValueError(f"players: expected at most {MAX_NAMED}, got {len(players)}")
     if not all(1 <= len(player) <= MAX_PLAYER for player in players):
         raise ValueError(f"players: expected ids of 1 to {MAX_PLAYER} characters")
+    if any(map(_SURROGATE.search, players)):
+        raise ValueError("players: expected ids in UTF-8")

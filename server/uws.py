@@ -6,6 +6,7 @@ Whatever can go wrong in C is made impossible at this border:
 
 * a Request is answered once, or not at all if its client is gone; a handler that raises still answers;
 * a Socket drops its pointer in the close callback, so a late send is a value (CLOSED), never a crash;
+* a client that breaks WebSocket's rules is told so (server/websocket_protocol.py), where the library just hangs up;
 * bodies and waiting times are bounded here, since uWebSockets bounds neither;
 * what its parser of 2023 would misread is put in order, or refused, before it sees it (uws_wire.c).
 
@@ -42,6 +43,7 @@ from server.errors import CloseCode, Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
 from server.machine import this_machine, why_unusable
 from server.uws_native import OnFlight, OnPosts, Waiting, report
+from server.websocket_protocol import FrameCheck, check_handshake
 
 if unusable := why_unusable(*this_machine()):
     raise UwsError(unusable)
@@ -104,6 +106,10 @@ DISCARD_BYTES: Final = 4 * 2**20
 
 _poll = ctypes.CDLL(library_path).us_poll_fd
 _poll.argtypes, _poll.restype = [ctypes.c_void_p], ctypes.c_int
+_on_data_of = ctypes.CDLL(library_path).us_socket_context_on_data
+_on_data_of.argtypes, _on_data_of.restype = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p], None
+_CONTEXT_WORDS: Final = 32
+"""Of uSockets' struct us_socket_context_t, which is smaller: one of them is the handler of incoming data."""
 _GOOD_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 _TARGET_TOO_LONG: Final = Problem(414, f"expected a path and query of at most {MAX_TARGET_BYTES} bytes, got more")
@@ -172,7 +178,7 @@ class Request:
 
     __slots__ = (
         "_answers", "_given_id", "_limit", "_on_body", "_received", "_req", "_res", "_server", "_user_data",
-        "body", "context", "done", "head_lines", "is_head", "parts", "received_s", "token",
+        "body", "context", "done", "head_lines", "is_head", "is_writer", "parts", "received_s", "token",
     )  # fmt: skip
 
     _given_id: bytes
@@ -194,6 +200,8 @@ class Request:
         self.context: Any = None
         """Whatever the handler needs later."""
         self.done = False
+        self.is_writer = False
+        """Whether the rate limit of game servers counts."""
         self.is_head = False
         """Whether the method is HEAD: every answer then goes without its body."""
         self.head_lines = server.head_lines
@@ -366,11 +374,12 @@ class Request:
 class Socket:
     """One WebSocket connection. Every method is safe after its close: it then does nothing."""
 
-    __slots__ = ("_ws", "state")
+    __slots__ = ("_ws", "frames", "state")
 
-    def __init__(self, ws: Any, state: Any) -> None:
+    def __init__(self, ws: Any, state: Any, frames: FrameCheck) -> None:
         self._ws = ws
         self.state = state
+        self.frames = frames
 
     def send(self, text: bytes) -> SendStatus:
         """Send one text message."""
@@ -463,6 +472,7 @@ class Server:
         self._states: dict[int, Any] = {}
         self._callbacks: list[Any] = []
         self._listening: Any = None
+        self._observed: set[int] = set()  # the WebSocket contexts whose frames are looked at
         self._connections: dict[int, float] = {}
         self._new: deque[tuple[int, float]] = deque()
         options = ffi.new("struct us_socket_context_options_t *")
@@ -584,8 +594,9 @@ class Server:
         """Serve WebSockets at `path`.
 
         Publishing to a socket with more than `max_backpressure_bytes` buffered loses the message without a word:
-        whoever publishes has to look at `buffered_bytes` first. uWebSockets aborts on an `idle_timeout_s` outside
-        0 or 8 to 960.
+        whoever publishes has to look at `buffered_bytes` first. A client that sends nothing for `idle_timeout_s` is
+        cut off, and pinged 16 s earlier (8 s where that is below 32, 4 s where it is below 16). uWebSockets aborts
+        on an `idle_timeout_s` outside 0 or 8 to 960.
         """
         if idle_timeout_s and not 8 <= idle_timeout_s <= 960:
             raise UwsError(f"idle_timeout_s: expected 0 or 8 to 960, got {idle_timeout_s}")
@@ -595,6 +606,8 @@ class Server:
             def handle(request: Request) -> None:
                 if self._listening is None:  # it would never be told to go
                     raise Problem(503, "restarting", headers=(("Retry-After", "1"),), close=True)
+                check_handshake(request.joined_header)
+                self._observe_frames(context)
                 self._upgrade(request, context, events.accept(request))
 
             return handle
@@ -604,7 +617,8 @@ class Server:
 
         def opened(ws: Any, _user_data: Any) -> None:
             token = _token(lib.uws_ws_get_user_data(SSL, ws))
-            connection = self.sockets[token] = Socket(ws, self._states.pop(token))
+            frames = FrameCheck(max_message_bytes)
+            connection = self.sockets[token] = Socket(ws, self._states.pop(token), frames)
             events.opened(connection)
 
         def received(ws: Any, text: Any, length: int, _opcode: int, _user_data: Any) -> None:
@@ -634,6 +648,46 @@ class Server:
         behavior.close = self._keep("void(uws_websocket_t*, int, const char*, size_t, void*)", closed)
         self._callbacks.append(behavior)
         lib.uws_ws(SSL, self._app, path.encode(), behavior[0], ffi.NULL)
+
+    def _observe_frames(self, context: Any) -> None:
+        """See what clients of a WebSocket context send before the library does, and close those that break a rule.
+
+        uSockets has a setter for the handler of incoming data and no getter. The old one is what stood where the new
+        one stands once it is set.
+        """
+        address = _token(context)
+        if address in self._observed:
+            return
+
+        def hand_on_what_is_good(ws: Any, data: Any, length: int) -> Any:
+            connection = self.sockets.get(_token(lib.uws_ws_get_user_data(SSL, ws)))
+            if connection is None:  # it was closed, and what still comes is thrown away
+                return hand_on(ws, data, length)
+            violation = connection.frames.feed(_copy(data, length), _now_s())
+            if violation is None:
+                return hand_on(ws, data, length)
+            if violation.good_bytes:
+                hand_on(ws, data, violation.good_bytes)
+            connection.end(violation.code, violation.reason)
+            return ws
+
+        def received(ws: Any, data: Any, length: int) -> Any:
+            try:
+                return hand_on_what_is_good(ws, data, length)
+            except Exception as error:
+                report(type(error), error, error.__traceback__)
+                return ws  # without it uSockets would go on with a null pointer
+
+        callback = self._keep("void *(void *, char *, int)", received)
+        words = ffi.cast("uintptr_t *", context)
+        before = ffi.unpack(words, _CONTEXT_WORDS)
+        _on_data_of(SSL, address, _token(callback))
+        after = ffi.unpack(words, _CONTEXT_WORDS)
+        replaced = [old for old, new in zip(before, after, strict=True) if old != new]
+        if len(replaced) != 1 or _token(callback) not in after:
+            raise UwsError(f"expected uSockets to keep one handler of incoming data, found {len(replaced)}")
+        hand_on = ffi.cast("void *(*)(void *, char *, int)", replaced[0])
+        self._observed.add(address)
 
     def _upgrade(self, request: Request, context: Any, state: Any) -> None:
         token = next(tokens)

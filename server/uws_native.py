@@ -344,6 +344,8 @@ class Post(msgspec.Struct, array_like=True, gc=False):
     """Whatever the handler needs later."""
     parts: str = ""
     """Where its time went, for the log; there only if it took long."""
+    is_writer: bool = False
+    """Whether the rate limit of game servers counts."""
 
     @property
     def peer(self) -> str:

@@ -1,4 +1,4 @@
-"""Debian's nginx with ops/nginx.conf, as a service for tests."""
+"""Debian's nginx with ops/nginx.conf, or with a few lines of a test, as a service for tests."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ class Nginx(Service):
 
     def prepare(self) -> None:
         """Write the certificate and the configuration."""
+        (self.directory / "scoreboard.conf").write_text(self.configuration())
+        user = "user root;" if os.getuid() == 0 else ""  # else its workers could not write here
+        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        scratch = " ".join(f"{kind}_temp_path {self.directory}/{kind};" for kind in kinds)
+        (self.directory / "main.conf").write_text(
+            f"{user} daemon off; worker_processes 2; pid {self.directory}/nginx.pid;\n"
+            f"error_log {self.directory}/error.log;\n"
+            f"events {{ worker_connections 1024; }}\n"
+            f"http {{ access_log {self.directory}/access.log; {scratch} include {self.directory}/scoreboard.conf; }}\n"
+        )
+
+    def configuration(self) -> str:
+        """What stands within `http { }`."""
         _write_certificate(self.directory)
         documented = (ROOT / "ops/nginx.conf").read_text()
         first, second = self._upstream_ports
@@ -49,16 +62,7 @@ class Nginx(Service):
         ):
             assert written in documented
             documented = documented.replace(written, here)
-        (self.directory / "scoreboard.conf").write_text(documented)
-        user = "user root;" if os.getuid() == 0 else ""  # else its workers could not write here
-        kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        scratch = " ".join(f"{kind}_temp_path {self.directory}/{kind};" for kind in kinds)
-        (self.directory / "main.conf").write_text(
-            f"{user} daemon off; worker_processes 2; pid {self.directory}/nginx.pid;\n"
-            f"error_log {self.directory}/error.log;\n"
-            f"events {{ worker_connections 1024; }}\n"
-            f"http {{ access_log {self.directory}/access.log; {scratch} include {self.directory}/scoreboard.conf; }}\n"
-        )
+        return documented
 
     def answers(self) -> bool:
         """Whether it takes TLS."""
@@ -77,6 +81,27 @@ class Nginx(Service):
     def errors(self) -> str:
         """What its error log says."""
         return (self.directory / "error.log").read_text()
+
+
+class PlainNginx(Nginx):
+    """One server without TLS, of `lines` that stand within `server { }`."""
+
+    def __init__(self, directory: Path, lines: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        super().__init__(directory, ())
+        self._lines = lines
+
+    def configuration(self) -> str:
+        """The server and its lines."""
+        return f"server {{ listen {ADDRESS}:{self.port}; {self._lines} }}"
+
+    def answers(self) -> bool:
+        """Whether it takes connections."""
+        try:
+            socket.create_connection((ADDRESS, self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
 
 
 def _write_certificate(directory: Path) -> None:

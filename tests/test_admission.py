@@ -40,6 +40,16 @@ def test_limit_of_0_is_none() -> None:
     assert all(entered(admission, "a") for _ in range(1000))
 
 
+def test_connection_of_no_address_counts_in_total_only() -> None:
+    admission = Admission(most=3, most_per_address=1)
+    admission.enter(None)
+    admission.enter(None)
+    assert [entered(admission, "a") for _ in range(2)] == [True, False]
+    assert not entered(admission, "b"), "expected three in total"
+    admission.leave(None)
+    assert entered(admission, "b")
+
+
 def test_addresses_that_left_are_forgotten() -> None:
     admission = Admission(most=0, most_per_address=5)
     for number in range(100):

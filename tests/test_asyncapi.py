@@ -11,9 +11,10 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
+from server.errors import CloseCode
 from server.events import MAX_PLAYER, MAX_SCORE
 from server.messages import list_message, skipped_message
-from server.subscription import LIMITS, MAX_NAMED, decode_message
+from server.subscription import LIMITS, MAX_MESSAGE_BYTES, MAX_NAMED, Ping, decode_message
 from tests.alone import server_alone
 from tests.client import new_player, post
 from tests.services import ROOT, ServerProcess
@@ -44,7 +45,8 @@ def test_messages_of_a_connection_are_as_described(server: ServerProcess) -> Non
     with Wire(server.port) as wire:
         assert wire.upgrade(f"/live-updates?players={player}").status == 101
         wire.send_text(b"nonsense")
-        wanted = {"leaderboardUpdate", "scoreUpdate", "status", "error"}
+        wire.send_text(b'{"type":"ping"}')
+        wanted = {"leaderboardUpdate", "scoreUpdate", "status", "error", "pong"}
         while not seen >= wanted:
             opcode, payload = wire.frame()
             assert opcode == 1
@@ -88,7 +90,11 @@ def test_what_a_client_may_send_is_what_is_decoded() -> None:
     for kind in ("subscribe", "unsubscribe"):
         message = {"type": kind, "players": ["ann"]}
         assert check(message) == kind
-        assert decode_message(json.dumps(message).encode()).players == ["ann"]
+        decoded = decode_message(json.dumps(message).encode())
+        assert not isinstance(decoded, Ping)
+        assert decoded.players == ["ann"]
+    assert check({"type": "ping"}) == "ping"
+    assert isinstance(decode_message(b'{"type":"ping"}'), Ping)
     with pytest.raises(msgspec.DecodeError):
         decode_message(b'{"type":"status","live":true}')
 
@@ -99,6 +105,13 @@ def test_limits_are_those_of_the_server() -> None:
     assert SCHEMAS["leaderboardUpdate"]["properties"]["topScores"]["maxItems"] == LIMITS[-1]
     assert SCHEMAS["player"]["maxLength"] == MAX_PLAYER
     assert SCHEMAS["subscribe"]["properties"]["players"]["maxItems"] == MAX_NAMED
+    assert f"{MAX_MESSAGE_BYTES // 1024} KiB each" in DOCUMENT["operations"]["follow"]["summary"]
+
+
+def test_every_close_code_is_told() -> None:
+    told = DOCUMENT["operations"]["watch"]["summary"] + (ROOT / "docs/live.md").read_text()
+    for code in CloseCode:
+        assert told.count(str(int(code))) >= 2, code
     assert (SCHEMAS["score"]["minimum"], SCHEMAS["score"]["maximum"]) == (-MAX_SCORE, MAX_SCORE)
 
 

@@ -72,14 +72,16 @@ def test_any_body_is_a_change_or_400(body: bytes) -> None:
 def test_any_message_of_a_watcher_is_understood_or_refused(text: bytes) -> None:
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError):
         message = subscription.decode_message(text)
-        subscription.check_players(set(message.players))
+        if not isinstance(message, subscription.Ping):
+            subscription.check_players(set(message.players))
 
 
 @fuzz
 @given(st.text(max_size=200), st.sampled_from(["", "limit=", "board=", "players=", "scores=", "limit=5&board=%"]))
 def test_any_query_is_understood_or_refused(text: str, before: str) -> None:
-    refused(_page, before + text, 400, 404)
-    refused(_watcher, before + text, 400, 404)
+    sent = before + text.encode("utf-8", "surrogatepass").decode("latin-1")
+    refused(_page, sent, 400, 404)
+    refused(_watcher, sent, 400, 404)
 
 
 def _page(query: str) -> Any:

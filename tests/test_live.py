@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from confluent_kafka import Producer
 
 from server.embedded import RedisServer, free_port
 from server.events import ScoreEvent, encode_event
+from server.subscription import MAX_MESSAGE_BYTES
 from sync import topics
 from tests.client import (
     assert_problem,
@@ -231,8 +233,74 @@ def test_wrong_parameter_is_refused_before_the_upgrade(
         assert wire.request("GET", "/healthz").status == 200
 
 
-def test_request_without_an_upgrade_is_426(world: World) -> None:
-    assert_problem(once(world.server.port, "GET", "/live-updates?limit=10"), 426, "upgrade-required")
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Upgrade": "h2c"},
+        {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="},
+        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="},
+        {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "8"},
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_request_without_an_upgrade_to_our_version_is_426(world: World, headers: dict[str, str], method: str) -> None:
+    answer = once(world.server.port, method, "/live-updates?limit=10", **headers)
+    assert answer.status == 426
+    assert (answer.headers["upgrade"], answer.headers["sec-websocket-version"]) == ("websocket", "13")
+    if method == "GET":
+        assert_problem(answer, 426, "upgrade-required")
+
+
+@pytest.mark.parametrize("key", ["", "c2hvcnQ=", "!" * 24])
+def test_handshake_without_a_key_is_400(world: World, key: str) -> None:
+    with Wire(world.server.port) as wire:
+        answer = wire.upgrade("/live-updates", **{"Sec-WebSocket-Key": key})
+        assert_problem(answer, 400, "invalid-request", "Sec-WebSocket-Key: expected 16 bytes in base64")
+
+
+def test_upgrade_by_post_is_405(world: World) -> None:
+    key = {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version": "13"}
+    answer = once(world.server.port, "POST", "/live-updates", b"", Upgrade="websocket", Connection="Upgrade", **key)
+    assert_problem(answer, 405, "method-not-allowed")
+    assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
+
+
+@pytest.mark.parametrize("written", ["raw", "encoded"])
+def test_name_in_the_address_is_utf_8_encoded_or_not(world: World, written: str) -> None:
+    name = "Žižka 🦊 山田"
+    world.set_scores(**{name: 7})
+    encoded = urllib.parse.quote_plus(name)
+    raw = name.replace(" ", "+").encode().decode("latin-1")  # a character for each byte, as the wire has them
+    with Watcher(world.server, f"scores=none&players={raw if written == 'raw' else encoded}") as watcher:
+        assert watcher.until(type="scoreUpdate") == {
+            "type": "scoreUpdate", "board": "main", "playerId": name, "newScore": 7,
+        }  # fmt: skip
+
+
+def test_names_in_the_address_are_counted_in_characters(world: World) -> None:
+    for character in ("a", "ü", "山", "🦊"):
+        for spell in (urllib.parse.quote, lambda text: text.encode().decode("latin-1")):
+            with Wire(world.server.port) as wire:
+                assert wire.upgrade(f"/live-updates?players={spell(character * 128)}").status == 101
+            with Wire(world.server.port) as wire:
+                answer = wire.upgrade(f"/live-updates?players={spell(character * 129)}")
+                assert_problem(answer, 400, "invalid-request", "ids of 1 to 128 characters")
+
+
+@pytest.mark.parametrize("sent", ["%FF", "\xff", "\xc5", "%ED%A0%80", "ann,%C5"])
+def test_name_that_is_no_utf_8_is_refused_and_never_another_name(world: World, sent: str) -> None:
+    with Wire(world.server.port) as wire:
+        answer = wire.upgrade(f"/live-updates?players={sent}")
+        assert_problem(answer, 400, "invalid-request", "players: expected ids in UTF-8")
+
+
+@pytest.mark.parametrize("path", ["/leaderboard", "/live-updates"])
+@pytest.mark.parametrize(("sent", "shown"), [("\xc5\xbdi", "'Ži'"), ("%C5%BDi", "'Ži'"), ("\xff", "'\\udcff'")])
+def test_other_parameters_are_utf_8_too(world: World, path: str, sent: str, shown: str) -> None:
+    with Wire(world.server.port) as wire:
+        assert_problem(wire.upgrade(f"{path}?board={sent}"), 404, "not-found", f"got {shown}")
+        assert_problem(wire.upgrade(f"{path}?limit={sent}"), 400, "invalid-request", f"got {shown}")
 
 
 # ---------------------------------------------------------------------- changes
@@ -373,6 +441,8 @@ def test_subscribe_is_answered_with_current_scores_and_followed(world: World) ->
         (b'{"type":"subscribe","players":[5]}', "expected `str`"),
         (b'{"type":"subscribe","players":[""]}', "ids of 1 to 128 characters"),
         (b"[" * 100, "."),
+        (b'{"type":"subscribe","players":[],"more":' + b"[" * 10_000, "."),
+        (b'{"type":"subscribe","players":["\\ud800"]}', "."),
     ],
 )
 def test_nonsense_is_answered_with_an_error(world: World, text: bytes, detail: str) -> None:
@@ -403,6 +473,73 @@ def test_nonsense_without_end_is_closed(world: World) -> None:
             assert watcher.message()["type"] == "error"
         opcode, payload = watcher.frame()
         assert (opcode, payload[:2]) == (CLOSE, (1008).to_bytes(2, "big"))
+
+
+@pytest.mark.parametrize(
+    ("ping", "pong"),
+    [
+        (b"ping", b"pong"),
+        (b'"ping"', b'"pong"'),
+        (b'{"type":"ping"}', b'{"type":"pong"}'),
+        (b'{ "type": "ping", "at": 17 }', b'{"type":"pong"}'),
+    ],
+)
+def test_heartbeat_is_answered_and_is_no_error(world: World, ping: bytes, pong: bytes) -> None:
+    with Watcher(world.server, "scores=none") as watcher:
+        watcher.message()
+        for _ in range(30):  # more than errors may be
+            watcher.send_text(ping)
+        for _ in range(30):
+            assert watcher.frame() == (TEXT, pong)
+
+
+def test_heartbeats_without_end_are_closed(world: World) -> None:
+    with Watcher(world.server, "scores=none") as watcher:
+        watcher.message()
+        for _ in range(200):
+            watcher.send_text(b"ping")
+        opcode = TEXT
+        while opcode == TEXT:
+            opcode, payload = watcher.frame()
+        assert (opcode, payload) == (CLOSE, b"\x03\xf0too many messages")
+
+
+@pytest.mark.parametrize("escaped", [False, True], ids=["utf-8", "escaped"])
+@pytest.mark.parametrize("character", ["山", "🦊"])
+def test_hundred_of_the_longest_names_fit_into_a_message(world: World, character: str, escaped: bool) -> None:
+    names = [f"{number:03}" + character * 125 for number in range(100)]
+    world.set_scores(**{names[-1]: 5})
+    message = json.dumps({"type": "subscribe", "players": names}, ensure_ascii=escaped, indent=8 if escaped else None)
+    with Watcher(world.server, "scores=none") as watcher:
+        watcher.message()
+        watcher.send_text(message.encode())
+        assert watcher.until(type="scoreUpdate")["playerId"] == names[-1]
+        world.change(**{names[-1]: 6})
+        assert watcher.until(type="scoreUpdate")["newScore"] == 6
+        watcher.send_text(message.replace("subscribe", "unsubscribe").encode())
+        watcher.ask(type="subscribe", players=[names[-1]])
+        assert watcher.until(type="scoreUpdate")["newScore"] == 6
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_message_that_is_too_large_is_closed_with_1009(world: World, pieces: int) -> None:
+    with Watcher(world.server, "scores=none") as watcher:
+        watcher.message()
+        size = MAX_MESSAGE_BYTES // pieces + 1
+        for number in range(pieces):
+            first = (0x01 if number == 0 else 0x00) | (0x80 if number == pieces - 1 else 0)
+            watcher.send(bytes([first, 0xFF]) + size.to_bytes(8, "big") + b"\0\0\0\0" + b" " * size)
+        opcode, payload = watcher.frame()
+        assert (opcode, payload) == (CLOSE, b"\x03\xf1expected a message of at most 163840 bytes")
+        assert watcher.ended
+
+
+def test_long_messages_count_for_more(world: World) -> None:
+    with Watcher(world.server, "scores=none") as watcher:
+        watcher.message()
+        for _ in range(11):
+            watcher.send_text(b'{"type":"unsubscribe","players":[]}' + b" " * 150_000)
+        assert watcher.frame() == (CLOSE, b"\x03\xf0too many messages")
 
 
 def test_messages_without_end_are_closed(world: World) -> None:
@@ -449,6 +586,18 @@ def test_connections_of_one_address_are_limited_unless_they_bring_a_token(strict
         wait_until(lambda: metric(strict_server, "scoreboard_live_connections") == 1)
         with Watcher(strict_server) as third:
             third.until(type="leaderboardUpdate")
+
+
+def test_connections_with_a_token_do_not_count_against_their_address(strict_server: ServerProcess) -> None:
+    bearer = f"Bearer {token('ann')}"
+    with Wire(strict_server.port) as game, Wire(strict_server.port) as one, Wire(strict_server.port) as other:
+        assert game.upgrade("/live-updates", Authorization=bearer).status == 101
+        assert one.upgrade("/live-updates").status == 101
+        assert other.upgrade("/live-updates").status == 101
+        assert_problem(refused(strict_server), 503, "too-many-connections", "LIVE_MAX_CONNECTIONS")
+        game.close()
+        wait_until(lambda: metric(strict_server, "scoreboard_live_connections") == 2)
+        assert_problem(refused(strict_server), 503, "too-many-connections", "LIVE_MAX_PER_IP")
 
 
 def test_connections_are_limited_in_total_and_counted_by_the_address_behind_a_proxy(

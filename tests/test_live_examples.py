@@ -181,14 +181,15 @@ def test_example_connects_again(
     assert shown.until(lambda seen: seen["top"][0]["score"] == 1)["scores"] == {}
 
 
+@pytest.mark.parametrize("code", [1002, 1007, 1008, 1009])
 def test_example_that_is_not_wanted_stays_away(
-    run_example: Callable[[str], Example], scripted: Callable[[Script], str]
+    run_example: Callable[[str], Example], scripted: Callable[[Script], str], code: int
 ) -> None:
     connections = []
 
     def script(connection: ServerConnection, number: int) -> None:
         connections.append(number)
-        connection.close(1008, "too many messages that make no sense")
+        connection.close(code, "too many messages that make no sense")
 
     said = run_example(scripted(script)).end()
     assert "not wanted here: too many messages that make no sense" in said

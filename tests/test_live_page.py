@@ -349,6 +349,79 @@ def test_hundred_pins_of_any_length_reach_the_real_server(page: Page, world: Wor
     page.wait("document.getElementById('found').textContent === 'At most 100 players can be pinned'")
 
 
+@pytest.mark.parametrize("character", ["W", "ü", "山", "🦊"])
+def test_names_are_counted_in_characters(page: Page, stand_in: PageServer, character: str) -> None:
+    visitor = visit(page, stand_in, ("ann", 30))
+    page.evaluate("document.getElementById('name').focus()")
+    for length in (129, 128):
+        page.evaluate("document.getElementById('name').select()")
+        page.command("Input.insertText", text=character * length)
+        page.press("Enter")
+        if length == 129 and character == "🦊":  # the box ends at 128 of them
+            break
+        if length == 129:
+            page.wait("document.getElementById('found').textContent === 'A name has at most 128 characters'")
+            assert page.evaluate("document.querySelectorAll('#pins li').length") == 0
+    assert visitor.heard() == {"type": "subscribe", "players": [character * 128]}
+    page.wait("document.querySelectorAll('#pins li').length === 1")
+
+
+def test_half_a_character_is_no_name(page: Page, stand_in: PageServer) -> None:
+    visit(page, stand_in, ("ann", 30))
+    page.evaluate("""{
+        const name = document.getElementById("name");
+        name.value = "fox \\ud83e";
+        name.dispatchEvent(new Event("input", { bubbles: true }));
+        document.getElementById("find").requestSubmit();
+    }""")
+    assert text_of(page, "found") == "That is no name"
+    assert page.evaluate("document.querySelectorAll('#pins li').length") == 0
+
+
+NO_PINS = [
+    "", "nonsense", "{", "{}", "null", "5", '"ann"', "[[]]", "[null]", '[{"filter":1}]', '[""]', "true", "\x00",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", NO_PINS)
+def test_nonsense_in_the_storage_is_no_pin(page: Page, stand_in: PageServer, kept: str) -> None:
+    script = f"localStorage.setItem('pins:main', {json.dumps(kept)}); localStorage.setItem('theme', {json.dumps(kept)})"
+    page.command("Page.addScriptToEvaluateOnNewDocument", source=script)
+    visitor = visit(page, stand_in, ("ann", 30))
+    assert "players" not in query_of(visitor)
+    assert page.evaluate("document.documentElement.dataset.theme") == "system"
+    page.evaluate(f"{row('ann')}.querySelector('button').click()")
+    assert visitor.heard() == {"type": "subscribe", "players": ["ann"]}
+    assert page.evaluate("localStorage.getItem('pins:main')") == '["ann"]'
+
+
+def test_names_in_the_storage_that_the_server_would_refuse_are_left_out(page: Page, world: World) -> None:
+    world.add("ann", 30)
+    kept = ["x" * 129, "🦊" * 129, 7, "", "ann", "ann", *(f"p{number}" for number in range(200))]
+    stored = json.dumps(json.dumps(kept)[:-1] + ', "half \\ud83e"]')
+    page.command("Page.addScriptToEvaluateOnNewDocument", source=f"localStorage.setItem('pins:main', {stored})")
+    page.open(world.url)
+    page.wait(f"{STATE} === 'live' && document.querySelector('#pins .total')?.textContent === '30'")
+    assert page.evaluate("[...document.querySelectorAll('#pins .name')].length") == 100
+
+
+FORBIDDEN = (
+    "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('no', 'SecurityError'); } })"
+)
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); }"
+
+
+@pytest.mark.parametrize("storage", [FORBIDDEN, FULL], ids=["forbidden", "full"])
+def test_page_works_without_storage(page: Page, stand_in: PageServer, storage: str) -> None:
+    page.command("Page.addScriptToEvaluateOnNewDocument", source=storage)
+    visitor = visit(page, stand_in, ("ann", 30))
+    page.evaluate(f"{row('ann')}.querySelector('button').click()")
+    assert visitor.heard() == {"type": "subscribe", "players": ["ann"]}
+    page.wait("document.querySelector('#pins .total')?.textContent === '30'")
+    page.evaluate("document.getElementById('theme').click()")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+
+
 # ---------------------------------------------------------------------- the connection
 
 
@@ -381,11 +454,12 @@ def test_restart_is_waited_for_as_long_as_the_server_says(page: Page, stand_in: 
     page.wait(f"{STATE} === 'live' && {PLAYERS}.join() === 'bob'")
 
 
-def test_policy_violation_is_not_connected_to_again(page: Page, stand_in: PageServer) -> None:
+@pytest.mark.parametrize("code", [1002, 1007, 1008, 1009])
+def test_server_that_does_not_want_us_is_not_connected_to_again(page: Page, stand_in: PageServer, code: int) -> None:
     visitor = visit(page, stand_in, ("ann", 30))
     # Every timer is due at once, so that a second connection would be there by the time it is looked for.
     page.evaluate("{ const later = setTimeout; window.setTimeout = (work) => later(work, 0); }")
-    visitor.close(1008, "too many messages")
+    visitor.close(code, "too many messages")
     page.wait(f"{STATE} === 'closed'")
     assert text_of(page, "state") == "Closed: too many messages"
     page.evaluate("dispatchEvent(new Event('online')); new Promise((done) => setTimeout(() => setTimeout(done)))")

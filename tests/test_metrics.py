@@ -21,7 +21,7 @@ from websockets.sync.client import connect as watch
 
 from server.config import Settings, load
 from server.embedded import ADDRESS, PostgresServer, RedisServer, Service, free_port
-from server.errors import PROBLEM_KINDS
+from server.errors import ProblemType
 from sync.metrics import RelayMetrics
 from sync.relay import Relays
 from sync.waiting import Stop
@@ -219,7 +219,7 @@ def test_labels_take_no_value_that_a_client_makes_up(scoreboard: Scoreboard, fam
     now = text_string_to_metric_families(scoreboard.scrape("server"))
     ours = [sample for family in now if family.name.startswith(OURS) for sample in family.samples]
     assert {name for sample in ours for name in sample.labels} <= {"route", "status", "kind", "le", "version"}
-    assert {sample.labels["kind"] for sample in ours if "kind" in sample.labels} <= set(PROBLEM_KINDS)
+    assert {sample.labels["kind"] for sample in ours if "kind" in sample.labels} <= set(ProblemType)
     assert all(re.fullmatch(r"\d{3}", sample.labels["status"]) for sample in ours if "status" in sample.labels)
     routes = {sample.labels["route"] for sample in ours if "route" in sample.labels}
     before = {it.labels["route"] for family in families["server"] for it in family.samples if "route" in it.labels}

@@ -1,4 +1,4 @@
-"""Behind nginx, with ops/nginx.conf as it is documented."""
+"""Behind nginx, with ops/nginx.conf and ops/nginx-subpath.conf as they are documented."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,19 @@ import pytest
 import redis as redis_client
 from websockets.sync.client import ClientConnection, connect
 
-from server.embedded import ADDRESS, RedisServer, free_port
+from server.embedded import ADDRESS, RedisServer, Service, free_port
 from server.keys import Keys
 from sync.store import migrate
-from tests.client import can_write, token, trust, wait_until_writable
-from tests.nginx import HOST, Nginx
-from tests.services import ServerProcess, UnavailableError, wait_until
-from tests.wire import Answer
+from tests.alone import server_alone
+from tests.browser import Chromium
+from tests.client import can_write, post, token, trust, wait_until_writable
+from tests.nginx import HOST, Nginx, PlainNginx
+from tests.services import ROOT, ServerProcess, UnavailableError, wait_until
+from tests.wire import PING, PONG, TEXT, Answer, Wire, frame_bytes, once
 
 pytestmark = [pytest.mark.redis, pytest.mark.postgres]
+LITTLE_S = 2.0
+"""For a busy machine."""
 
 DRAIN_DELAY_MS = "3000"
 """As ops/nginx.conf says."""
@@ -222,3 +228,133 @@ def test_what_is_wrong_is_said_by_the_server_and_metrics_by_nobody(proxied: Call
     assert (too_large.status, too_large.headers["content-type"]) == (413, "application/problem+json")
     assert ask(connection, "GET", "/metrics").status == 404
     connection.close()
+
+
+# ---------------------------------------------------------------------- quiet sockets
+
+
+def ready(service: Service) -> Service:
+    service.launch()
+    wait_until(service.answers, 30)
+    return service
+
+
+@pytest.fixture(scope="module")
+def below_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ServerProcess, PlainNginx]]:
+    """A server below /scores/ of an nginx whose time-outs are its defaults."""
+    directory = tmp_path_factory.mktemp("subpath")
+    with server_alone(directory, {"CORS_ORIGINS": "https://game.example", "TRUSTED_PROXIES": ADDRESS}) as server:
+        documented = (ROOT / "ops/nginx-subpath.conf").read_text()
+        assert documented.count("127.0.0.1:8080") == 2
+        try:
+            nginx = PlainNginx(directory / "nginx", documented.replace("127.0.0.1:8080", f"{ADDRESS}:{server.port}"))
+        except UnavailableError as error:
+            pytest.skip(str(error))
+        try:
+            ready(nginx)
+            yield server, nginx
+        finally:
+            nginx.stop()
+
+
+def test_quiet_watcher_is_pinged_long_before_nginx_gives_up(below_path: tuple[ServerProcess, PlainNginx]) -> None:
+    """nginx, HAProxy and AWS' load balancers close what is quiet for 60 s; some firewalls for 30."""
+    with Wire(below_path[1].port, timeout_s=40) as watcher:
+        assert watcher.upgrade("/scores/live-updates?scores=none").status == 101
+        began_s = quiet_since_s = time.monotonic()
+        while watcher.any_frame()[0] != PING:
+            quiet_since_s = time.monotonic()
+        assert time.monotonic() - quiet_since_s < 25
+        assert time.monotonic() - began_s < 25, "expected a ping whatever was sent"
+        watcher.send(frame_bytes(PONG))
+        watcher.send_text(b"ping")
+        while watcher.frame() != (TEXT, b"pong"):
+            pass
+
+
+class UwsApp(Service):
+    """tests/uws_app.py, whose WebSockets are pinged when they were quiet for 4 s."""
+
+    def __init__(self, directory: Path) -> None:
+        self.port = free_port()
+        argv = [sys.executable, "-m", "tests.uws_app", str(self.port)]
+        super().__init__("uws_app", argv, log=directory / "uws_app.log", cwd=ROOT)
+
+    def answers(self) -> bool:
+        """Whether it answers."""
+        try:
+            return once(self.port, "GET", "/state").status == 200
+        except OSError:
+            return False
+
+
+def test_quiet_socket_outlives_the_patience_of_a_proxy_if_its_client_answers(tmp_path: Path) -> None:
+    app = UwsApp(tmp_path)
+    lines = f"""
+        location = /ws {{
+            proxy_http_version 1.1;
+            proxy_set_header Connection upgrade;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_read_timeout 6s;
+            proxy_send_timeout 6s;
+            proxy_pass http://{ADDRESS}:{app.port};
+        }}
+    """
+    try:
+        nginx = PlainNginx(tmp_path, lines)
+    except UnavailableError as error:
+        pytest.skip(str(error))
+    try:
+        ready(app)
+        ready(nginx)
+        with Wire(nginx.port) as good, Wire(nginx.port) as deaf:
+            for wire in (good, deaf):
+                assert wire.upgrade("/ws").status == 101
+            began_s = time.monotonic()
+            while time.monotonic() - began_s < 7:
+                assert good.any_frame() == (PING, b"")
+                good.send(frame_bytes(PONG))
+            good.send_text(b"echo still here")
+            assert good.frame() == (TEXT, b"still here")
+            assert deaf.any_frame() == (PING, b"")
+            assert deaf.ended, "expected the server to give up a client that answers no ping"
+    finally:
+        nginx.stop()
+        app.stop()
+
+
+# ---------------------------------------------------------------------- below a path
+
+
+@pytest.mark.browser
+def test_page_works_below_a_path_of_a_proxy(
+    below_path: tuple[ServerProcess, PlainNginx], chromium: Chromium, tmp_path: Path
+) -> None:
+    server, nginx = below_path
+    players = "[...document.querySelectorAll('#ranking tr')].map((row) => row.dataset.player).join()"
+    assert post(server, "ann", 30).status == 200
+    with chromium.page() as page:
+        page.open(f"http://{ADDRESS}:{nginx.port}/scores?limit=25")  # nginx leads it to /scores/
+        page.wait(f"{players} === 'ann'")
+        assert page.evaluate("location.pathname + location.search") == "/scores/?limit=25"
+        assert page.evaluate("document.getElementById('limit').value") == "25"
+        assert page.evaluate("getComputedStyle(document.body).margin") == "0px", "expected the style sheet"
+        assert page.evaluate("document.querySelector('h1 img').naturalWidth") > 0
+        page.evaluate("document.querySelector('#ranking .pin button').click()")
+        page.wait("document.querySelector('#pins .total')?.textContent === '30'")
+        assert post(server, "bob", 40).status == 200
+        page.wait(f"{players} === 'bob,ann'")
+        assert page.evaluate("Object.keys(localStorage).join()") == "pins:/scores/:main"
+        page.reload()
+        page.wait("document.querySelector('#pins .total')?.textContent === '30'")
+        assert page.problems == []
+
+
+def test_api_works_below_a_path_of_a_proxy(below_path: tuple[ServerProcess, PlainNginx]) -> None:
+    _, nginx = below_path
+    body = json.dumps({"playerId": "cid", "scoreDelta": 1}).encode()
+    answer = once(nginx.port, "POST", "/scores/update-score", body, Authorization=f"Bearer {token('cid')}")
+    assert (answer.status, answer.json()["newScore"]) == (200, 1)
+    assert once(nginx.port, "GET", "/scores/leaderboard").status == 200
+    assert once(nginx.port, "GET", "/scores/metrics").status == 404
+    assert once(nginx.port, "GET", "/leaderboard").status == 404, "nginx' own"

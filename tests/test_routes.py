@@ -286,6 +286,40 @@ def test_game_servers_have_no_limit_by_default(server: ServerProcess) -> None:
     assert [post(server, player, scope="scores:write").status for _ in range(15)] == [200] * 15
 
 
+def test_limit_of_game_servers_says_its_own_rate_and_burst(own_redis: RedisServer, tmp_path: Path) -> None:
+    settings = {
+        "REDIS_PORT": str(own_redis.port),
+        "KAFKA_BROKERS": f"127.0.0.1:{free_port()}",
+        "RATE_LIMIT_PER_SECOND": "2",
+        "RATE_LIMIT_BURST": "5",
+        "RATE_LIMIT_WRITERS_PER_SECOND": "0.25",
+        "RATE_LIMIT_WRITERS_BURST": "3",
+    }
+    server = ServerProcess(tmp_path, settings)
+    try:
+        server.start()
+        wait_until_writable(server)
+        game, player = f"game-{new_player()}", new_player()
+        bearer = f"Bearer {token(game, 'scores:write')}"
+        body = json.dumps({"playerId": player, "scoreDelta": 1}).encode()
+        answers = [post(server, player, subject=game, scope="scores:write") for _ in range(4)]
+        with Wire(server.port) as wire:  # one that does not come through C
+            head = f"POST /update-score HTTP/1.1\r\nHost: x\r\nAuthorization: {bearer}\r\nTransfer-Encoding: chunked"
+            wire.send(head.encode() + b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+            answers.append(wire.answer())
+        assert [answer.status for answer in answers] == [200, 200, 200, 429, 429]
+        for refused in answers[3:]:
+            assert_problem(refused, 429, "rate-limited", "expected at most 0.25 updates a second, 3 at once")
+            assert refused.headers["ratelimit-policy"] == '"updates";q=3;w=12'
+            wait_s = int(refused.headers["retry-after"])
+            assert 1 <= wait_s <= 4
+            assert refused.headers["ratelimit"] == f'"updates";r=0;t={wait_s}'
+        own = [post(server, player) for _ in range(6)]
+        assert own[-1].headers["ratelimit-policy"] == '"updates";q=5;w=2'
+    finally:
+        server.stop()
+
+
 def test_too_many_bad_tokens_are_429_for_that_address_alone(server: ServerProcess) -> None:
     def attempt(address: str, bearer: str) -> Answer:
         headers = {"Authorization": f"Bearer {bearer}", "X-Forwarded-For": f"8.8.8.8, {address}"}
@@ -683,6 +717,35 @@ def test_without_redis_and_database_reads_are_503_in_time(
         assert get(server, "/readyz").status == 503
         assert get(server, "/healthz").status == 200
         database.resume()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("deadline_ms", [50, 100])
+def test_shortest_deadline_leaves_time_for_the_database(
+    tmp_path: Path, fresh_redis: Callable[..., RedisServer], database_url: str, deadline_ms: int
+) -> None:
+    store.migrate(database_url)
+    store_scores(database_url, ("main", "ann", 30))
+    redis = fresh_redis()
+    with connect(redis) as client:
+        trust(client)
+    settings = {"REDIS_PORT": str(redis.port), "DATABASE_URL": database_url, "REQUEST_DEADLINE_MS": str(deadline_ms)}
+    server = ServerProcess(tmp_path, settings)
+    try:
+        server.start()
+        wait_until_writable(server)
+        redis.pause()  # it accepts connections, and answers nothing
+        try:
+            answer = wait_until(
+                lambda: (found := get(server, "/leaderboard")).headers.get("scoreboard-source") and found,
+                10,
+                "the database was never asked",
+            )
+            assert answer.json() == [{"playerId": "ann", "score": 30}]
+        finally:
+            redis.resume()
+    finally:
+        server.stop()
 
 
 # ---------------------------------------------------------------------- the process

@@ -24,9 +24,11 @@ from server.embedded import Service, free_port
 from server.supervisor import alive
 from tests.services import ROOT, wait_until
 from tests.uws_app import CHUNK, MAX_BACKPRESSURE_BYTES, MAX_BODY_BYTES
-from tests.wire import Answer, Wire, once, request_bytes
+from tests.wire import PING, Answer, Wire, once, request_bytes
 
-TEXT, CLOSE = 1, 8
+TEXT, CLOSE, PONG = 1, 8, 10
+LITTLE_S = 2.0
+"""For a busy machine."""
 ECHOES = pytest.mark.parametrize("echo", ["/echo", "/posts"])
 """One request at a time, through Python, and several at once, through C."""
 
@@ -615,9 +617,100 @@ def test_message_over_the_limit_closes_only_that_socket(app: UwsApp) -> None:
         big.upgrade("/ws")
         other.upgrade("/ws")
         big.send(b"\x81\xfe\x08\x00" + b"\x00" * 4 + b"x" * 2048)
+        assert big.frame() == (CLOSE, b"\x03\xf1expected a message of at most 1024 bytes")
         assert big.ended
         other.send_text(b"echo here")
         assert other.frame() == (TEXT, b"here")
+
+
+MASKED = b"\x80\x00\x00\x00\x00"
+
+
+@pytest.mark.parametrize(
+    ("frame", "code"),
+    [
+        (b"\x81\x02hi", 1002),  # not masked
+        (b"\x81\x05hello", 1002),
+        (b"\x89\x00", 1002),
+        (b"\xc1" + MASKED, 1002),  # a reserved bit
+        (b"\x83" + MASKED, 1002),  # an opcode that is none
+        (b"\x09" + MASKED, 1002),  # a ping in pieces
+        (b"\x80" + MASKED, 1002),  # the rest of nothing
+        (b"\x81\x81\x00\x00\x00\x00\xff", 1007),
+        (b"\x88\x81\x00\x00\x00\x00x", 1002),  # half a close code
+    ],
+)
+def test_frame_that_breaks_a_rule_closes_with_a_code(app: UwsApp, frame: bytes, code: int) -> None:
+    with Wire(app.port) as wire:
+        wire.upgrade("/ws")
+        wire.send_text(b"echo before")
+        assert wire.frame() == (TEXT, b"before")
+        wire.send(frame)
+        opcode, payload = wire.frame()
+        assert (opcode, int.from_bytes(payload[:2], "big")) == (CLOSE, code), payload
+        assert wire.ended
+
+
+def test_what_comes_in_one_piece_with_a_bad_frame_is_still_heard(app: UwsApp) -> None:
+    with Wire(app.port) as wire:
+        wire.upgrade("/ws")
+        good = b"\x81\x87\x00\x00\x00\x00echo hi"
+        wire.send(good + b"\x81\x02hi" + good)
+        assert wire.frame() == (TEXT, b"hi")
+        assert wire.frame() == (CLOSE, b"\x03\xeaexpected a masked frame")
+        assert wire.ended
+
+
+def test_message_in_pieces_of_any_size_is_heard_whole(app: UwsApp) -> None:
+    with Wire(app.port) as wire:
+        wire.upgrade("/ws")
+        text = "echo Žižka 🦊".encode()
+        pieces = [text[:7], text[7:12], text[12:]]
+        for number, piece in enumerate(pieces):
+            first = (0x81 if number == 2 else 0x01) if number == 0 else (0x80 if number == 2 else 0x00)
+            for byte in bytes([first, 0x80 | len(piece)]) + b"\x00" * 4 + piece:
+                wire.send(bytes([byte]))
+            wire.send(b"\x89" + MASKED)
+        assert wire.frame() == (PONG, b"")
+        assert wire.frame() == (PONG, b"")
+        assert sorted([wire.frame(), wire.frame()]) == [(TEXT, text[5:]), (PONG, b"")]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "kind"),
+    [
+        ({"Sec-WebSocket-Version": "8"}, 426, "upgrade-required"),
+        ({"Sec-WebSocket-Version": ""}, 426, "upgrade-required"),
+        ({"Upgrade": "h2c"}, 426, "upgrade-required"),
+        ({"Connection": "keep-alive"}, 400, "invalid-request"),
+        ({"Sec-WebSocket-Key": "!" * 24}, 400, "invalid-request"),
+    ],
+)
+def test_handshake_that_breaks_a_rule_is_refused(app: UwsApp, headers: dict[str, str], status: int, kind: str) -> None:
+    with Wire(app.port) as wire:
+        assert_problem(wire.upgrade("/ws", **headers), status, kind)
+        assert wire.request("GET", "/state").status == 200
+
+
+def test_handshake_is_taken_beside_keep_alive(app: UwsApp) -> None:
+    with Wire(app.port) as wire:
+        assert wire.upgrade("/ws", Connection="keep-alive, Upgrade", Upgrade="WebSocket").status == 101
+
+
+def test_quiet_client_is_pinged_and_stays_if_it_answers(app: UwsApp) -> None:
+    """Its idle_timeout_s is 8: pinged after 4 s of them at most."""
+    with Wire(app.port) as quiet, Wire(app.port) as deaf:
+        for wire in (quiet, deaf):
+            wire.upgrade("/ws")
+        for _ in range(2):
+            began_s = time.monotonic()
+            assert quiet.any_frame() == (PING, b"")
+            assert time.monotonic() - began_s < 4 + LITTLE_S
+            quiet.send(b"\x8a" + MASKED)
+        assert deaf.any_frame() == (PING, b"")
+        assert deaf.ended, "it answered no ping"
+        quiet.send_text(b"echo still here")
+        assert quiet.frame() == (TEXT, b"still here")
 
 
 def test_client_that_never_reads_is_buffered_up_to_a_bound_and_drained_when_it_reads(app: UwsApp) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -15,7 +16,9 @@ from typing import Any
 
 ADDRESS = "127.0.0.1"
 TIMEOUT_S = 10.0
+TEXT = 1
 PING = 9
+PONG = 10
 
 
 @dataclasses.dataclass
@@ -34,12 +37,12 @@ class Answer:
 class Wire:
     """One TCP connection to a server on this machine."""
 
-    def __init__(self, port: int, receive_buffer_bytes: int = 0) -> None:
+    def __init__(self, port: int, receive_buffer_bytes: int = 0, timeout_s: float = TIMEOUT_S) -> None:
         """`receive_buffer_bytes` bounds what the kernel takes in for a test that does not read."""
         self._socket = socket.socket()
         if receive_buffer_bytes:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
-        self._socket.settimeout(TIMEOUT_S)
+        self._socket.settimeout(timeout_s)
         try:
             self._socket.connect((ADDRESS, port))
         except OSError:
@@ -113,25 +116,26 @@ class Wire:
     def upgrade(self, path: str, **more: str) -> Answer:
         """Ask for a WebSocket, with more headers; 101 when there is one now."""
         key = base64.b64encode(os.urandom(16)).decode()
-        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", **more}
-        return self.request("GET", path, **headers, **{"Sec-WebSocket-Key": key})
+        headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        return self.request("GET", path, **headers | {"Sec-WebSocket-Key": key} | more)
 
     def send_text(self, text: bytes) -> None:
-        """Send a masked text frame of less than 126 bytes."""
-        assert len(text) < 126
-        mask = os.urandom(4)
-        masked = bytes(byte ^ mask[at % 4] for at, byte in enumerate(text))
-        self.send(bytes([0x81, 0x80 | len(text)]) + mask + masked)
+        """Send a masked text frame."""
+        self.send(frame_bytes(TEXT, text))
 
     def frame(self) -> tuple[int, bytes]:
         """(opcode, payload) of the next frame that is no ping, which may come at any time; EOFError at the end."""
+        opcode, payload = self.any_frame()
+        return self.frame() if opcode == PING else (opcode, payload)
+
+    def any_frame(self) -> tuple[int, bytes]:
+        """(opcode, payload) of the next frame; EOFError at the end."""
         first, length = self._exactly(2)
         if length == 126:
             (length,) = struct.unpack(">H", self._exactly(2))
         elif length == 127:
             (length,) = struct.unpack(">Q", self._exactly(8))
-        opcode, payload = first & 0x0F, self._exactly(length)
-        return self.frame() if opcode == PING else (opcode, payload)
+        return first & 0x0F, self._exactly(length)
 
     def _exactly(self, length: int) -> bytes:
         while len(self._unread) < length:
@@ -153,6 +157,21 @@ def request_bytes(method: str, path: str, body: bytes | None = None, **headers: 
     if body is not None:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + (body or b"")
+
+
+def frame_bytes(
+    opcode: int, payload: bytes = b"", *, final: bool = True, masked: bool = True, reserved: int = 0
+) -> bytes:
+    """A WebSocket frame as clients send it."""
+    length, mask = len(payload), os.urandom(4) if masked else b""
+    short, rest = length, b""
+    if length > 0xFFFF:
+        short, rest = 127, length.to_bytes(8, "big")
+    elif length > 125:
+        short, rest = 126, length.to_bytes(2, "big")
+    if masked:
+        payload = bytes(byte ^ key for byte, key in zip(payload, itertools.cycle(mask), strict=False))
+    return bytes([0x80 * final | reserved | opcode, 0x80 * masked | short]) + rest + mask + payload
 
 
 def once(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:

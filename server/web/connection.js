@@ -3,9 +3,8 @@
 const FIRST_DELAY_MS = 500;
 const LONGEST_DELAY_MS = 15_000;
 const STEADY_AFTER_MS = 5_000; // a connection that lived this long resets the delay
-const POLICY_VIOLATION = 1008; // the server does not want us back
+const UNWANTED = [1002, 1007, 1008, 1009]; // what we sent was wrong, so it would end in the same way again
 const NAMES_LENGTH = 1500; // of the address: the server takes 4 KiB of request headers, cookies and all
-const NAMES_AT_ONCE = 50; // in a message: at 128 characters each they stay below the server's 32 KiB
 
 export class Connection {
   // `query()` and `players()` are asked at each start; `message` has a function per type;
@@ -34,9 +33,8 @@ export class Connection {
     clearTimeout(this.timer);
     this.retryAt = null;
     this.closedFor = null;
-    const { path, others } = this.address();
-    const scheme = location.protocol === "https:" ? "wss:" : "ws:";
-    const socket = new WebSocket(`${scheme}//${location.host}${path}`);
+    const { url, others } = this.address();
+    const socket = new WebSocket(url);
     let openedAt = null;
     this.socket = socket;
     this.isLive = true;
@@ -44,14 +42,14 @@ export class Connection {
     this.hasList = false;
     socket.onopen = () => {
       openedAt = performance.now();
-      for (let at = 0; at < others.length; at += NAMES_AT_ONCE) this.follow(others.slice(at, at + NAMES_AT_ONCE));
+      if (others.length) this.follow(others);
     };
     socket.onmessage = ({ data }) => {
       if (socket === this.socket) this.receive(JSON.parse(data));
     };
     socket.onclose = ({ code, reason }) => {
       if (socket !== this.socket) return;
-      if (code === POLICY_VIOLATION) {
+      if (UNWANTED.includes(code)) {
         this.closedFor = reason || "by the server";
         this.tell();
         return;
@@ -99,7 +97,11 @@ export class Connection {
     }
     const query = new URLSearchParams(this.query());
     if (names) query.set("players", names);
-    return { path: `/live-updates?${query}`, others };
+    // A proxy may serve the page below a path of its own.
+    const url = new URL("live-updates", document.baseURI);
+    url.protocol = url.protocol.replace("http", "ws");
+    url.search = query;
+    return { url, others };
   }
 
   receive(message) {

@@ -3,6 +3,7 @@
 import { text } from "./board.js";
 
 const MOST = 100; // that the server lets one follow
+const LONGEST = 128; // of a name, in characters
 
 const numbers = new Intl.NumberFormat();
 
@@ -18,7 +19,9 @@ export class Pins {
   }
 
   forBoard(board) {
-    this.key = `pins:${board}`;
+    // Storage belongs to all that a proxy serves under this name: other scoreboards, too.
+    const place = new URL(".", document.baseURI).pathname;
+    this.key = place === "/" ? `pins:${board}` : `pins:${place}:${board}`;
     this.players = new Set(load(this.key));
     this.scores.clear();
     this.list.replaceChildren();
@@ -34,6 +37,8 @@ export class Pins {
   // Why the player cannot be pinned; null when it is.
   add(player) {
     if (this.players.has(player)) return "Pinned already";
+    if ([...player].length > LONGEST) return `A name has at most ${LONGEST} characters`;
+    if (!isName(player)) return "That is no name";
     if (this.players.size >= MOST) return `At most ${MOST} players can be pinned`;
     this.players.add(player);
     this.keep();
@@ -120,8 +125,14 @@ class Item {
 function load(key) {
   try {
     const kept = JSON.parse(localStorage.getItem(key) ?? "[]");
-    return kept.filter((player) => typeof player === "string" && player).slice(0, MOST);
+    return [...new Set(kept.filter(isName))].slice(0, MOST);
   } catch {
     return [];
   }
+}
+
+// Whether a player may have this name; of any other the server would close the connection, again and again. What
+// counts are characters, where `length` counts halves of some; half a character has no UTF-8.
+function isName(name) {
+  return typeof name === "string" && name !== "" && [...name].length <= LONGEST && !/\p{Surrogate}/u.test(name);
 }
