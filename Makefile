@@ -26,7 +26,7 @@ test: setup-tests
 check: setup-tests
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
-	.venv/bin/mypy
+	.venv/bin/python -m mypy
 	.venv/bin/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 bench: setup-bench
@@ -46,7 +46,7 @@ chaos: setup
 audit:
 	@scripts/setup.sh embedded,test,audit
 	.venv/bin/python scripts/licences.py >docs/licences.md
-	.venv/bin/pip-audit --strict --progress-spinner off --disable-pip --no-deps -r constraints.txt
+	.venv/bin/python -m pip_audit --strict --progress-spinner off --disable-pip --no-deps -r constraints.txt
 
 setup:
 	@scripts/setup.sh embedded,test

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # scripts/setup.sh EXTRAS [tests|bench]: a .venv as pyproject.toml and constraints.txt want it; for the tests Chromium,
-# nginx and haproxy where they can be had, for the benchmarks wrk, for both the locale en_US.UTF-8. Does nothing when they
-# are there.
+# nginx, haproxy and Debian's Redis where they can be had, for the benchmarks wrk, for both the locale en_US.UTF-8. Does
+# nothing when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=$1 purpose=${2:-}
@@ -120,6 +120,25 @@ want_haproxy() {
     fi
 }
 
+# Debian's Redis, for the tests that give one program the data of another. Unpacked, not installed, as nginx is.
+want_redis() {
+    local into=.cache/redis asked=.cache/no-redis libraries
+    if command -v redis-server >/dev/null || [ -x $into/usr/bin/redis-server ] || [ -e $asked ]; then return; fi
+    say "fetching redis-server with apt-get"
+    mkdir -p $into
+    for package in redis-server redis-tools libjemalloc2 liblzf1; do
+        (cd $into && apt-get download -qq $package >&2 2>/dev/null) || true
+    done
+    for package in "$into"/*.deb; do dpkg -x "$package" $into || true; done
+    rm -f "$into"/*.deb
+    libraries=$(printf '%s:' $into/usr/lib/*-linux-gnu)
+    if ! LD_LIBRARY_PATH=$libraries $into/usr/bin/redis-server --version >/dev/null 2>&1; then
+        rm -rf $into
+        touch $asked
+        say "no redis-server could be had: its tests will be skipped (to ask again, delete $asked)"
+    fi
+}
+
 mkdir -p .cache
 exec 9>.cache/setup.lock
 if command -v flock >/dev/null; then flock 9; fi # two makes in one tree set up once
@@ -137,6 +156,7 @@ if [ "$purpose" = tests ]; then
     want_chromium
     want_nginx
     want_haproxy
+    want_redis
     want_locale
 fi
 if [ "$purpose" = bench ]; then

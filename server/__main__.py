@@ -179,7 +179,7 @@ def sync(argv: list[str]) -> int:
 
 
 def run_all(argv: list[str]) -> int:
-    """Run server, relay and persister until SIGTERM; one that ends is started again, unless it ends too often."""
+    """Run server, relay and persister until SIGTERM; each that ends is started again, the server not for ever."""
     from server.auth import Authenticator
     from server.health import Desk
     from server.supervisor import Child, Supervisor
@@ -192,7 +192,7 @@ def run_all(argv: list[str]) -> int:
     commands = {"server": ["serve"], "relay": ["sync", "relay"], "persister": ["sync", "persister"]}
     # In the order in which changes move: the server drains while the others still take what it accepted.
     children = [Child(name, [sys.executable, "-m", "server", *command]) for name, command in commands.items()]
-    supervisor = Supervisor(children)
+    supervisor = Supervisor(children, vital=children[:1])
     grace_s = DRAIN_GRACE_S + 2 + settings.drain_delay_ms / 1000
     if settings.workers > 1:
         grace_s += 2  # their parent gives them as long, and then has to end

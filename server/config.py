@@ -195,6 +195,12 @@ class Settings:
     kafka_retention_hours: int = _setting(
         "KAFKA_RETENTION_HOURS", integer(1, 87_600), 168, "when the topic is created: what a rebuild can look back on"
     )
+    relay_ahead_bytes: int = _setting(
+        "RELAY_AHEAD_BYTES",
+        integer(0, 2**40),
+        0,
+        "how much the relay puts into Kafka before it is stored, for a broker that forgets; 0: no limit; `dev` sets it",
+    )
     kafka_fetch_wait_ms: int = _setting(
         "KAFKA_FETCH_WAIT_MS",
         integer(1, 10_000),

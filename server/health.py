@@ -1,8 +1,8 @@
 """`scoreboard health`: what a container's HEALTHCHECK asks. Of processes, not of stores: a rebuild is no illness.
 
 The server is asked for /healthz. Relay and persister have no ear, so the supervisor of `scoreboard all` answers for
-its children, on an abstract Unix socket: it takes no file, so the root may be read-only, and a container's network
-keeps it to the container.
+its children, and that of WORKERS for its own, since the port shows whichever worker is well. They do so on an abstract
+Unix socket: it takes no file, so the root may be read-only, and a container's network keeps it to the container.
 """
 
 from __future__ import annotations
@@ -17,20 +17,25 @@ from typing import Final
 from server import config
 from server.errors import ConfigError
 
-WITHIN_S: Final = 2.0
-"""Longest wait for each of the two answers."""
+WITHIN_S: Final = 1.5
+"""Longest wait for each of the answers."""
 
 WELL: Final = "ok"
 
 
-class Desk:
-    """Where the supervisor is asked how its children are."""
+ALL: Final = "all"
+WORKERS: Final = "workers"
+"""The supervisors that may be above a server: that of `scoreboard all`, and that of its workers."""
 
-    def __init__(self, host: str, port: int) -> None:
+
+class Desk:
+    """Where a supervisor is asked how its children are."""
+
+    def __init__(self, host: str, port: int, of: str = ALL) -> None:
         """Raises ConfigError when another supervisor on this machine has the same host and port."""
         self._socket = socket.socket(socket.AF_UNIX)
         try:
-            self._socket.bind(_desk_of(host, port))
+            self._socket.bind(_desk_of(host, port, of))
         except OSError as error:
             self._socket.close()
             raise ConfigError(f"PORT: expected one that no other scoreboard has, got {port}: {error}") from error
@@ -56,17 +61,18 @@ def health(argv: list[str]) -> int:
     description = "Whether the processes are well. Stores may be away: see /readyz for what works."
     argparse.ArgumentParser(prog="scoreboard health", description=description).parse_args(argv)
     settings = config.load()
-    complaints = [*of_supervisor(settings.host, settings.port), *of_server(settings.host, settings.port)]
+    host, port = settings.host, settings.port
+    complaints = [*of_supervisor(host, port), *of_supervisor(host, port, WORKERS), *of_server(host, port)]
     sys.stdout.write("\n".join(complaints or [WELL]) + "\n")
     return 1 if complaints else 0
 
 
-def of_supervisor(host: str, port: int) -> list[str]:
-    """What the supervisor has to complain of; nothing where there is none (`serve` alone)."""
+def of_supervisor(host: str, port: int, of: str = ALL) -> list[str]:
+    """What a supervisor has to complain of; nothing where there is none (`serve` alone)."""
     with socket.socket(socket.AF_UNIX) as desk:
         desk.settimeout(WITHIN_S)
         try:
-            desk.connect(_desk_of(host, port))
+            desk.connect(_desk_of(host, port, of))
             said = _read_all(desk).decode()
         except ConnectionRefusedError:
             return []
@@ -89,8 +95,8 @@ def of_server(host: str, port: int) -> list[str]:
     return []
 
 
-def _desk_of(host: str, port: int) -> str:
-    return f"\0scoreboard/{host}/{port}"
+def _desk_of(host: str, port: int, of: str) -> str:
+    return f"\0scoreboard/{host}/{port}/{of}"
 
 
 def _read_all(connection: socket.socket) -> bytes:

@@ -34,6 +34,7 @@ from prometheus_client.registry import Collector
 
 from server.errors import ConfigError
 from server.listening import why_not
+from server.restarts import restart_counts
 
 CONTENT_TYPE: Final = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -136,6 +137,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(collector)
         self._registry.register(_BuildInfo())
+        self._registry.register(_Restarts())
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
@@ -160,3 +162,18 @@ class _BuildInfo(Collector):
         """prometheus_client: which scoreboard this is."""
         version = importlib.metadata.version("scoreboard")
         yield InfoMetricFamily("scoreboard_build", "Version of the scoreboard.", value={"version": version})
+
+
+class _Restarts(Collector):
+    def collect(self) -> Iterator[Metric]:
+        """prometheus_client: what the supervisors above this process had to do; nothing where there is none."""
+        restarts = CounterMetricFamily(
+            "scoreboard_restarts",
+            "How often a process of `all`, `sync` or WORKERS was started again.",
+            labels=("process",),
+        )
+        counts = restart_counts()
+        for name, count in counts.items():
+            restarts.add_metric((name,), count)
+        if counts:
+            yield restarts

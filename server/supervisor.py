@@ -1,23 +1,24 @@
 """Child processes: started, started again when they die, stopped in order, and never outliving their parent.
 
-Knows nothing of what the children do. Run as a script, this file is the wrapper that every child goes
-through: it asks the kernel to end the child together with its parent, then becomes the child. It imports
-the standard library only, since that script runs outside of the package.
+Knows nothing of what the children do. Every child is started through server/child_wrapper.py, which ties its life to
+its parent's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
+
+from server.restarts import RestartCounts, inherited
+from server.signals import Impatient, StopSignals
 
 FIRST_DELAY_S: Final = 0.2
 LONGEST_DELAY_S: Final = 5.0
@@ -28,8 +29,11 @@ GIVE_UP_AFTER: Final = 10
 """Ends in a row, none after a steady life: half a minute at least. What a failover of a store may end is back by then,
 and a container that is given up takes the parts along that were well."""
 
+ILL_AFTER: Final = 3
+"""Ends in a row after which a child is called ill also while it happens to run."""
+
 _LOOK_EVERY_S: Final = 0.05
-_PR_SET_PDEATHSIG: Final = 1
+_WRAPPER: Final = Path(__file__).with_name("child_wrapper.py")
 _log = logging.getLogger("supervisor")
 
 
@@ -200,28 +204,30 @@ def _process_state(pid: int) -> str:
     return stat.rpartition(")")[2].split()[0]
 
 
-class _GivenUpError(Exception):
-    """A child ended too often; its last exit status."""
+class GivenUpError(Exception):
+    """The vital children ended too often; the last exit status of the one that ended last."""
 
     def __init__(self, status: int | None) -> None:
         super().__init__(ended(status))
-        self.status = status
-
-
-class _Impatient(BaseException):
-    """Told to stop while stopping: at once, then."""
+        self.status = exit_status(status) or 1
 
 
 class Supervisor:
-    """Keeps children running: one that ends is started again, after 0.2 s at first and 5 s at most.
+    """Keeps children running: one that ends is started again, after 0.2 s at first and 5 s at most, for ever.
 
-    `tend` does so for ever, `run` until a child has ended too often.
+    Only when each of the `vital` ones has ended `give_up_after` times in a row, there is no more use in that.
     """
 
-    def __init__(self, children: Sequence[Child]) -> None:
+    def __init__(
+        self, children: Sequence[Child], vital: Collection[Child] = (), give_up_after: int = GIVE_UP_AFTER
+    ) -> None:
         self.children = list(children)
-        self._give_up_after: int | None = None
+        self.restarts = {child.name: 0 for child in children}
+        """How often each was started again."""
+        self._vital = list(vital)
+        self._give_up_after = give_up_after
         self._ends: dict[str, int] = {}
+        self._last_end: dict[str, str] = {}
         self._started_at: dict[str, float] = {}
         self._delays: dict[str, float] = {}
         self._restart_at: dict[str, float] = {}
@@ -232,7 +238,10 @@ class Supervisor:
             self._launch(child)
 
     def tend(self, duration_s: float) -> None:
-        """Start again whatever ends, for `duration_s`; to be called again and again, from the main thread."""
+        """Start again whatever ends, for `duration_s`; to be called again and again, from the main thread.
+
+        Raises GivenUpError.
+        """
         deadline = time.monotonic() + duration_s
         while True:
             for child in self.children:
@@ -257,40 +266,41 @@ class Supervisor:
         _log.info("%s %s", child.name, ended(child.stop(grace_s)))
 
     def complaints(self) -> list[str]:
-        """What is wrong with children at this moment, in words: one does not run, or is paused (SIGSTOP)."""
+        """What is wrong with children, in words: one does not run, ends again and again, or is paused (SIGSTOP)."""
         found = []
         for child in self.children:
-            if not child.running:
+            ends = self._ends_in_a_row(child)
+            if ends >= ILL_AFTER:
+                found.append(f"{child.name} {self._last_end[child.name]}, {ends} times in a row by now")
+            elif not child.running:
                 found.append(f"{child.name} {ended(child.status)}")
             elif _process_state(child.pid) in ("T", "t"):
                 found.append(f"{child.name} is paused")
         return found
 
-    def run(
-        self, grace_s: float = 10.0, on_turn: Callable[[], None] | None = None, give_up_after: int = GIVE_UP_AFTER
-    ) -> int:
-        """Start all and tend them until SIGTERM or SIGINT, then `stop` them; `on_turn` is called every 50 ms.
+    def run(self, grace_s: float = 10.0, on_turn: Callable[[], None] | None = None) -> int:
+        """Start all and tend them until a signal to stop, then `stop` them; `on_turn` is called every 50 ms.
 
-        Returns the exit status: 0 after such a stop; that of a child which has ended `give_up_after` times in a row
-        (1 where it was 0), once the others are stopped; 128 and its number after a second signal, which ends all at
-        once.
+        Returns the exit status: 0 after such a stop; that of a vital child which has ended too often (1 where it was
+        0), once the others are stopped; 128 and its number after a second signal, which ends all at once.
         """
-        received = _StopSignals()
-        self._give_up_after = give_up_after
+        received = StopSignals()
+        counts = self.publish_restarts(self.children)
         everyone = list(self.children)
         status = 0
         try:
             try:
                 self.start()
-                while not received.numbers:
+                while not received.came:
                     self.tend(_LOOK_EVERY_S)
                     self._reap_orphans()
+                    counts.write(self.restarts)
                     if on_turn:
                         on_turn()
-            except _GivenUpError as given_up:
-                status = exit_status(given_up.status) or 1
+            except GivenUpError as given_up:
+                status = given_up.status
             self.stop(grace_s)
-        except _Impatient:
+        except Impatient:
             _log.warning("told to stop once more: everything ends at once")
             status = 128 + received.numbers[1]
         finally:
@@ -298,6 +308,16 @@ class Supervisor:
             for child in everyone:
                 child.kill()
         return status
+
+    @staticmethod
+    def publish_restarts(children: Sequence[Child]) -> RestartCounts:
+        """Let these children, not started yet, tell how often each was started again."""
+        counts = RestartCounts([child.name for child in children])
+        for child in children:
+            child.env = environ = dict(os.environ if child.env is None else child.env)
+            child.inherits += (*inherited(environ), counts.descriptor)
+            counts.announce(environ)
+        return counts
 
     def _reap_orphans(self) -> None:
         """Collect what children leave behind: process 1 of a container inherits it."""
@@ -317,39 +337,28 @@ class Supervisor:
             _log.error("%s cannot be started: %s", child.name, error)
         self._started_at[child.name] = time.monotonic()
 
+    def _ends_in_a_row(self, child: Child) -> int:
+        """How often it has ended without a steady life since; 0 once it has one."""
+        ends = self._ends.get(child.name, 0)
+        steady = ends and child.running and time.monotonic() - self._started_at[child.name] >= STEADY_AFTER_S
+        return 0 if steady else ends
+
     def _restart(self, child: Child, now: float) -> None:
         if child.name not in self._restart_at:
             alive_s = now - self._started_at[child.name]
             ends = self._ends[child.name] = 1 if alive_s >= STEADY_AFTER_S else self._ends.get(child.name, 0) + 1
-            if ends == self._give_up_after:
+            self._last_end[child.name] = ended(child.status)
+            if child in self._vital and min(map(self._ends_in_a_row, self._vital)) >= self._give_up_after:
                 _log.error("%s %s, %d times in a row by now: giving up", child.name, ended(child.status), ends)
-                raise _GivenUpError(child.status)
+                raise GivenUpError(child.status)
             delay_s = self._delays[child.name] = next_delay(self._delays.get(child.name), alive_s)
             self._restart_at[child.name] = now + delay_s
             said = ended(child.status)
             _log.warning("%s %s after %.1f s; it starts again in %.1f s", child.name, said, alive_s, delay_s)
         elif now >= self._restart_at[child.name]:
             del self._restart_at[child.name]
+            self.restarts[child.name] = self.restarts.get(child.name, 0) + 1
             self._launch(child)
-
-
-class _StopSignals:
-    """Notes SIGTERM and SIGINT; raises _Impatient at the second."""
-
-    def __init__(self) -> None:
-        self.numbers: list[int] = []
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
-
-    def ignore(self) -> None:
-        """The end is under way."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.numbers.append(number)
-        if len(self.numbers) == 2:
-            raise _Impatient
 
 
 def next_delay(last_s: float | None, alive_s: float) -> float:
@@ -378,27 +387,5 @@ def exit_status(status: int | None) -> int:
 def _wrapped(argv: list[str], orphan_signal: signal.Signals, owner: tuple[int, int] | None) -> list[str]:
     uid, gid = owner or (-1, -1)
     # -I -S: neither the current directory nor the environment gets a say in what the wrapper imports.
-    wrapper = [sys.executable, "-I", "-S", __file__]
+    wrapper = [sys.executable, "-I", "-S", str(_WRAPPER)]
     return [*wrapper, *map(str, (os.getpid(), int(orphan_signal), uid, gid)), *argv]
-
-
-def _become(arguments: list[str]) -> None:
-    parent, orphan_signal, uid, gid = map(int, arguments[:4])
-    argv = arguments[4:]
-    if uid >= 0:
-        os.setgroups([])
-        os.setgid(gid)
-        os.setuid(uid)
-    # After setuid, which clears it; exec keeps it.
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, orphan_signal, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    # A parent that died before that line will send no signal.
-    if os.getppid() == parent:
-        os.execvp(argv[0], argv)  # noqa: S606 (no shell is wanted)
-
-
-if __name__ == "__main__":
-    try:
-        _become(sys.argv[1:])
-    except OSError as error:
-        sys.exit(f"{sys.argv[5]}: {error}")

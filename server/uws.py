@@ -18,6 +18,7 @@ uWebSockets' handles for its own and crash), so `run` ends the process; Linux on
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import enum
 import logging
@@ -31,7 +32,7 @@ import sys
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Final, NoReturn, Protocol, cast
 
 import _cffi_backend
@@ -42,6 +43,7 @@ from server.answers import ID_PREFIX, JSON, OK, PROBLEM_JSON, fault, head_of, lo
 from server.errors import CloseCode, Problem, UwsError
 from server.instruments import LATENCY_BOUNDS_S, Answers
 from server.machine import this_machine, why_unusable
+from server.signals import insists, stop_signals
 from server.uws_native import OnFlight, OnPosts, Waiting, report
 from server.websocket_protocol import FrameCheck, check_handshake
 
@@ -839,21 +841,23 @@ def run(main: Coroutine[Any, Any, int]) -> NoReturn:
     except BaseException:
         _log.exception("stopped by an error")
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a terminal may be gone, and what was not said there with it
+            stream.flush()
     os._exit(status)
 
 
-async def stop_signal(signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)) -> signal.Signals:
-    """Wait for the signal to stop; a second one ends the process at once."""
+async def stop_signal() -> signal.Signals:
+    """Wait for a signal to stop; a second one ends the process at once."""
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[signal.Signals] = loop.create_future()
 
     def stop(received: signal.Signals) -> None:
-        if stopped.done():
+        if not stopped.done():
+            stopped.set_result(received)
+        elif insists(received):
             os._exit(128 + received)
-        stopped.set_result(received)
 
-    for each in signals:
+    for each in stop_signals():
         loop.add_signal_handler(each, stop, each)
     return await stopped

@@ -6,6 +6,7 @@ The parent holds the port, so that nobody else gets it, and never listens; each 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -17,8 +18,10 @@ from typing import Final
 
 from server.config import Settings
 from server.errors import UwsError
+from server.health import WORKERS, Desk
 from server.listening import bound, why_not
-from server.supervisor import Child, Supervisor, ended
+from server.signals import Impatient, StopSignals
+from server.supervisor import Child, GivenUpError, Supervisor, ended
 
 WORKER: Final = "--worker"
 """Argument of `serve` that makes it one of several."""
@@ -44,9 +47,9 @@ def hold_port(host: str, port: int) -> socket.socket:
 
 
 def run(settings: Settings, grace_s: float) -> int:
-    """Run the workers until SIGTERM or SIGINT; a second signal ends them at once. Returns the exit status.
+    """Run the workers until a signal to stop; a second one ends them at once. Returns the exit status.
 
-    Raises UwsError when the port cannot be had.
+    One that ends is started again for ever, as long as there is another. Raises UwsError when the port cannot be had.
     """
     with hold_port(settings.host, settings.port) as holder:
         port = holder.getsockname()[1]
@@ -58,7 +61,8 @@ def run(settings: Settings, grace_s: float) -> int:
             for index, name in enumerate(names)
         ]
         _log.info("%d workers share port %d", len(workers), port)
-        return _run(workers, grace_s + settings.drain_delay_ms / 1000)
+        with contextlib.closing(Desk(settings.host, port, WORKERS)) as desk:
+            return _run(workers, grace_s + settings.drain_delay_ms / 1000, desk)
 
 
 def _environment(settings: Settings, port: int, index: int) -> dict[str, str]:
@@ -66,31 +70,35 @@ def _environment(settings: Settings, port: int, index: int) -> dict[str, str]:
     return {**os.environ, "PORT": str(port), "METRICS_PORT": str(metrics_port), "WORKERS": "1"}
 
 
-def _run(workers: Sequence[Child], grace_s: float) -> int:
-    received: list[signal.Signals] = []
-
-    def note(number: int, _frame: object) -> None:
-        received.append(signal.Signals(number))
-
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, note)
-    supervisor = Supervisor(workers)
-    supervisor.start()
-    while not received:
-        supervisor.tend(_LOOK_EVERY_S)
-    _log.info("stopping on %s", received[0].name)
-    _tell(workers, signal.SIGTERM)
-    deadline_s = time.monotonic() + grace_s
-    while any(worker.running for worker in workers) and len(received) == 1 and time.monotonic() < deadline_s:
-        time.sleep(_LOOK_EVERY_S)
+def _run(workers: Sequence[Child], grace_s: float, desk: Desk) -> int:
+    """Until told to stop, or until none of the workers lives for long any more."""
+    status = 0
+    received = StopSignals()
+    supervisor = Supervisor(workers, vital=workers)
+    counts = supervisor.publish_restarts(workers)
+    try:
+        try:
+            supervisor.start()
+            while not received.came:
+                supervisor.tend(_LOOK_EVERY_S)
+                counts.write(supervisor.restarts)
+                desk.answer(supervisor.complaints)
+            _log.info("stopping on %s", received.numbers[0].name)
+        except GivenUpError as given_up:
+            status = given_up.status
+        _tell(workers, signal.SIGTERM)
+        deadline_s = time.monotonic() + grace_s
+        while any(worker.running for worker in workers) and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_EVERY_S)
+    except Impatient:
+        status = 128 + received.numbers[1]
+    received.ignore()
     killed = [worker for worker in workers if worker.running]
     for worker in killed:
         worker.kill()
     for worker in workers:
         _log.info("%s %s", worker.name, ended(worker.status))
-    if len(received) > 1:
-        return 128 + received[1]
-    return 1 if killed else 0
+    return status or (1 if killed else 0)
 
 
 def _tell(workers: Sequence[Child], number: signal.Signals) -> None:

@@ -23,6 +23,7 @@ from server import logs
 from server.config import Settings, load
 from server.errors import ConfigError, ScoreboardError
 from server.instruments import Metrics
+from server.signals import stop_signals
 from server.supervisor import Child, Supervisor
 from sync import dead_letters, store, topics
 from sync.metrics import PersisterMetrics, RelayMetrics
@@ -91,7 +92,7 @@ def reconcile(argv: list[str]) -> int:
     parser.add_argument("--every", type=_duration_s, metavar="60s", help="again and again, with that much in between")
     arguments = parser.parse_args(argv)
     stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop.request)
     reconciliation = Reconciliation(_load(), stop, _print)
     try:
@@ -197,7 +198,7 @@ def _run_both() -> int:
 
 def _run_one(part: Callable[[Settings, Stop], None], settings: Settings) -> None:
     stop = Stop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, stop.request)
     part(settings, stop)
 

@@ -4,11 +4,14 @@ What is in the outbox is what is owed. It is read from its beginning, produced i
 exactly the prefix that Kafka has confirmed. Whatever is lost (Redis, its epoch, Kafka for good, the lease), the
 answer is the same: begin again at the outbox's beginning. Events are then produced twice, which their versions make
 harmless; none is left out. Each carries the epoch of the Redis it was read from, so that what that Redis has lost
-since does not count (server/fences.py). Knows nothing of scores, nor of who reads the topic.
+since does not count (server/fences.py). In front of a broker that forgets, an entry is owed until it is stored
+(sync/pacing.py). Knows nothing of scores.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import secrets
 import threading
@@ -18,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import redis
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError, KafkaException, Message
 
 from server.config import Settings
 from server.events import (
@@ -37,6 +40,7 @@ from server.redis_clock import RedisClock
 from sync.kafka import MAX_IN_FLIGHT, new_producer
 from sync.lease import RENEW_EVERY_S, Lease
 from sync.outbox import Entry, Outbox
+from sync.pacing import Progress
 from sync.topology import connect_to, keys_in_use
 from sync.waiting import Outage, Stop
 
@@ -57,6 +61,12 @@ LOOK_EVERY_S: Final = 0.005
 """How often Kafka's confirmations are collected while some are due; nobody waits for them but the trimming."""
 
 IDLE_S: Final = 0.1
+PACED_S: Final = 0.01
+"""How often it is looked whether the database has come further."""
+
+RECORD_BYTES: Final = 150
+"""What a broker keeps of a record beside key, value and memory: headers, lengths, its share of a batch's head."""
+
 LARGEST_DEAD_LETTER_BYTES: Final = 512 * 1024
 """Half of what a broker takes by default, tried first: not even a monstrous entry may block the outbox."""
 
@@ -67,7 +77,9 @@ class Relays:
     """Relays every outbox there is: one, or in a Redis Cluster one for each hash tag in use, each by a thread."""
 
     def __init__(self, settings: Settings, stop: Stop) -> None:
-        self.all = [Relay(settings, stop, keys) for keys in keys_in_use(settings)]
+        in_use = keys_in_use(settings)
+        share = dataclasses.replace(settings, relay_ahead_bytes=settings.relay_ahead_bytes // len(in_use))
+        self.all = [Relay(share, stop, keys) for keys in in_use]
         self._stop = stop
         self._failures: list[Exception] = []
 
@@ -131,6 +143,8 @@ class Relay:
         self._token = secrets.token_hex(16)  # one for good: after an outage our own lease keeps nobody waiting
         self.redis_outage = Outage(f"Redis with hash tag {self._keys.tag}" if self._keys.tag else "Redis", _log)
         self.kafka_outage = Outage("Kafka", _log, is_refusal)
+        self.persister_outage = Outage("the persister", _log)
+        """Only where the relay waits for it."""
 
     @property
     def lag_s(self) -> float:
@@ -171,12 +185,15 @@ class Relay:
     def _relay(self, lease: Lease, outbox: Outbox) -> None:
         what = f", hash tag {self._keys.tag}" if self._keys.tag else ""
         _log.info("relaying to %s, epoch %s%s", self._settings.kafka_topic, outbox.epoch.decode(), what)
-        turn = _Turn(self, self._settings, lease, outbox, self._keys.tag)
-        try:
-            turn.relay_until(self._stop)
-        finally:
-            turn.abandon()
-            outbox.close()
+        with contextlib.closing(outbox), contextlib.ExitStack() as stack:
+            progress = None
+            if self._settings.relay_ahead_bytes:
+                progress = stack.enter_context(contextlib.closing(Progress(self._settings)))
+            turn = _Turn(self, self._settings, lease, outbox, progress, self._keys.tag)
+            try:
+                turn.relay_until(self._stop)
+            finally:
+                turn.abandon()
 
     def _wait_for(self, lease: Lease, has_epoch: Callable[[], bool]) -> bool:
         """Return with the lease, of a Redis that a server has verified before; False if asked to stop first."""
@@ -200,14 +217,19 @@ class Relay:
 
 
 class _Owed:
-    """An entry on its way: it leaves the outbox once Kafka has confirmed each of its records."""
+    """An entry on its way: it leaves the outbox once Kafka has confirmed each of its records.
 
-    __slots__ = ("entry_id", "error", "unconfirmed")
+    Where the relay is paced, it also has to be stored: `size_bytes` of it wait at `offsets`, by partition.
+    """
+
+    __slots__ = ("entry_id", "error", "offsets", "size_bytes", "unconfirmed")
 
     def __init__(self, entry_id: str, records: int) -> None:
         self.entry_id = entry_id
         self.unconfirmed = records
         self.error: KafkaError | None = None
+        self.size_bytes = 0
+        self.offsets: dict[int, int] = {}
 
     def answered(self, error: KafkaError | None, _: object) -> None:
         """Kafka's answer to one record."""
@@ -216,11 +238,22 @@ class _Owed:
         else:
             self.error = error
 
+    def placed(self, error: KafkaError | None, message: Message) -> None:
+        """The same, where it matters at which offset the record is."""
+        if error is None:
+            partition, offset = message.partition(), message.offset()
+            assert partition is not None, "a delivered record has a partition"
+            assert offset is not None, "a delivered record has an offset"
+            self.offsets[partition] = max(offset, self.offsets.get(partition, 0))
+        self.answered(error, message)
+
 
 class _Turn:
     """From the outbox's beginning to the loss of Redis, its epoch, the producer or the lease, or to the end of all."""
 
-    def __init__(self, relay: Relay, settings: Settings, lease: Lease, outbox: Outbox, tag: str) -> None:
+    def __init__(
+        self, relay: Relay, settings: Settings, lease: Lease, outbox: Outbox, progress: Progress | None, tag: str
+    ) -> None:
         self._relay = relay
         self._topic = settings.kafka_topic
         self._dead_letter_topic = settings.dead_letter_topic
@@ -230,6 +263,9 @@ class _Turn:
         self._headers: list[tuple[str, str | bytes | None]] = [("v", FORMAT_VERSION), (EPOCH_HEADER, outbox.epoch)]
         if tag:
             self._headers.append((TAG_HEADER, tag))
+        self._ahead_limit = settings.relay_ahead_bytes
+        self._ahead_bytes = 0
+        self._progress = progress
         self._owed: deque[_Owed] = deque()
         self._done_through: str | None = None
         self._goes_on = True
@@ -251,7 +287,7 @@ class _Turn:
             due = bool(self._owed) or self._done_through is not None
             entries = self._outbox.arrived(LOOK_EVERY_S if due else IDLE_S)
             for entry in entries:
-                if not self._make_room(stop):
+                if not self._make_room(stop) or (self._progress and not self._wait_for_persister(entry, stop)):
                     break
                 self._produce(entry)
             self._producer.poll(0)
@@ -269,6 +305,18 @@ class _Turn:
     def _make_room(self, stop: Stop) -> bool:
         while len(self._producer) > MAX_IN_FLIGHT - 1000:
             self._producer.poll(IDLE_S)
+            self._tend()
+            if stop.requested or not self._goes_on:
+                return False
+        return True
+
+    def _wait_for_persister(self, entry: Entry, stop: Stop) -> bool:
+        """Wait until the database is near enough; False if the turn ended before it was."""
+        assert self._progress, "called where the relay is paced"
+        while self._ahead_bytes >= self._ahead_limit or not self._progress.covers_what_was_there():
+            if not self._owed:
+                self._relay.oldest_entry = entry.entry_id
+            self._producer.poll(PACED_S)
             self._tend()
             if stop.requested or not self._goes_on:
                 return False
@@ -299,8 +347,13 @@ class _Turn:
         self._produce_events(events, memories, owed)
 
     def _produce_events(self, events: list[ScoreEvent], memories: dict[int, str], owed: _Owed) -> None:
-        produce, topic, answered = self._producer.produce, self._topic, owed.answered
+        produce, topic = self._producer.produce, self._topic
+        answered: Callable[[KafkaError | None, Message], None] = owed.answered
         headers = self._headers
+        if self._progress:
+            answered = owed.placed
+            owed.size_bytes = _size_bytes(events, memories)
+            self._ahead_bytes += owed.size_bytes
         for index, event in enumerate(events):
             if memories:
                 memory = memories.get(index)
@@ -339,7 +392,10 @@ class _Turn:
             else:
                 self._end("another relay took the lease while this one was slow")
         if self._owed and now > self._progress_at + SILENT_AFTER_S:
-            self._relay.kafka_outage.failed(f"nothing confirmed for {SILENT_AFTER_S:.0f} s")
+            if self._owed[0].unconfirmed:
+                self._relay.kafka_outage.failed(f"nothing confirmed for {SILENT_AFTER_S:.0f} s")
+            else:
+                self._relay.persister_outage.failed(f"nothing stored for {SILENT_AFTER_S:.0f} s")
 
     def _count(self) -> None:
         self._outbox.ask_time(self._relay.clock)
@@ -348,14 +404,19 @@ class _Turn:
             self._relay.note_oldest(None)  # another relay may have dealt with what we left
 
     def _collect(self, now: float) -> None:
-        owed, confirmed = self._owed, None
+        owed, progress, done = self._owed, self._progress, None
         while owed and not owed[0].unconfirmed:
-            confirmed = owed.popleft().entry_id
-        if confirmed is not None:
-            self._done_through = confirmed
+            self._relay.kafka_outage.over()
+            if progress:
+                if not progress.covers(owed[0].offsets):
+                    break
+                self._ahead_bytes -= owed[0].size_bytes
+                self._relay.persister_outage.over()
+            done = owed.popleft().entry_id
+        if done is not None:
+            self._done_through = done
             self._relay.note_oldest(owed[0].entry_id if owed else None)
             self._progress_at = now
-            self._relay.kafka_outage.over()
         if owed and owed[0].error is not None:
             raise KafkaException(refusal(owed[0].error) or owed[0].error)
 
@@ -383,3 +444,9 @@ class _Turn:
     def _on_error(self, error: KafkaError) -> None:
         # A fatal error fails every record that is owed, which ends the turn: here it only has to be said.
         self._relay.kafka_outage.failed(error)
+
+
+def _size_bytes(events: list[ScoreEvent], memories: dict[int, str]) -> int:
+    """About what a broker needs for these events, rather more than less."""
+    encoded = sum(len(encode_event(event)) + len(event.player_id.encode()) for event in events)
+    return encoded + sum(len(memory.encode()) for memory in memories.values()) + RECORD_BYTES * len(events)

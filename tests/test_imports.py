@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients", "slots", "instruments", "logs",
-    "machine", "redis_clock", "parsers", "contradictions", "signing_keys", "listening",
+    "machine", "redis_clock", "parsers", "contradictions", "signing_keys", "listening", "restarts", "signals",
 }  # fmt: skip
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
@@ -17,8 +17,14 @@ CORE = {
     "shards", "topology", "answers", "uws_native", "queries", "key_types", "outbox_age",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild", "metrics"}
-PROCESSES = {"supervisor", "embedded", "workers", "health"}  # child processes: apart from everything that serves
-COMMANDS = {"__main__", "dev", "dev_screen", "demo", "check"}
+PROCESSES = {
+    "supervisor",
+    "child_wrapper",
+    "embedded",
+    "workers",
+    "health",
+}  # child processes: apart from everything that serves
+COMMANDS = {"__main__", "dev", "dev_screen", "dev_watch", "demo", "check"}
 NEVER = {
     "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},
     "fences": {"asyncio", "time", "confluent_kafka"},
@@ -29,7 +35,9 @@ NEVER = {
     "queries": {"asyncio", "time", "uws"},
     "openapi": {"asyncio", "time", "uws"},
     "replay": {"asyncio", "time", "redis_connection", "hiredis", "confluent_kafka", "kafka_tail"},
-    "supervisor": {"server", "sync"},
+    "child_wrapper": {"server", "sync"},
+    "restarts": {"server", "sync"},
+    "signals": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},
     "parsers": {"server", "sync", "os", "pathlib", "socket", "time"},

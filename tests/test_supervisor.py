@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from server.supervisor import Child, Supervisor, alive, ended, next_delay
+from server.restarts import VARIABLE, restart_counts
+from server.supervisor import ILL_AFTER, Child, GivenUpError, Supervisor, alive, ended, next_delay
 from tests.services import ROOT, wait_until
 
 SLEEP = ["sleep", "1000"]
@@ -220,7 +221,7 @@ def test_child_that_ends_again_and_again_takes_the_others_down(
     supervised = in_a_process(f"""
 other = Child("other", ["sleep", "1000"])
 brief = Child("brief", ["sh", "-c", "echo x >> {tmp_path}/starts; {ending}"])
-sys.exit(Supervisor([other, brief]).run(give_up_after=3))
+sys.exit(Supervisor([other, brief], vital=[brief], give_up_after=3).run())
 """)
     said = supervised.communicate(timeout=60)[0]
     assert supervised.returncode == status
@@ -232,18 +233,110 @@ sys.exit(Supervisor([other, brief]).run(give_up_after=3))
 def test_program_that_cannot_be_started_is_given_up_too(in_a_process: InAProcess) -> None:
     supervised = in_a_process("""
 absent = Child("absent", ["true"], cwd=Path("/no/such/directory"))
-sys.exit(Supervisor([absent]).run(give_up_after=2))
+sys.exit(Supervisor([absent], vital=[absent], give_up_after=2).run())
 """)
     said = supervised.communicate(timeout=60)[0]
     assert supervised.returncode == 1
     assert "absent cannot be started" in said
 
 
-def test_ends_count_from_the_start_after_a_steady_life(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_that_is_not_vital_is_started_again_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    well, brief = Child("well", SLEEP), Child("brief", ["false"])
+    supervisor = Supervisor([well, brief], vital=[well], give_up_after=1)
+    supervisor.start()
+
+    def started_thrice() -> bool:
+        supervisor.tend(0.05)
+        return supervisor.restarts == {"well": 0, "brief": 3}
+
+    try:
+        wait_until(started_thrice)
+        wait_until(lambda: not brief.running)
+        supervisor.tend(0)
+        assert supervisor.complaints() == ["brief exited with status 1, 4 times in a row by now"]
+        assert well.running
+        assert "giving up" not in caplog.text
+    finally:
+        well.kill()
+
+
+def test_vital_children_are_given_up_only_when_all_of_them_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.LONGEST_DELAY_S", 0.05)
+    first, second = (Child(name, SLEEP) for name in ("first", "second"))
+    supervisor = Supervisor([first, second], vital=[first, second], give_up_after=2)
+    supervisor.start()
+
+    def ends_twice(child: Child) -> None:
+        target = supervisor.restarts[child.name] + 2
+
+        def restarted() -> bool:
+            if child.running:
+                child.kill()
+            supervisor.tend(0.05)
+            return supervisor.restarts[child.name] >= target
+
+        wait_until(restarted)
+
+    try:
+        ends_twice(first)
+        assert second.running
+        with pytest.raises(GivenUpError, match="was killed by SIGKILL"):
+            ends_twice(second)
+    finally:
+        first.kill()
+
+
+def test_steady_one_is_well_although_it_ended_often_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.LONGEST_DELAY_S", 0.05)
+    child = Child("late", SLEEP)
+    supervisor = Supervisor([child])
+    supervisor.start()
+    try:
+        for count in range(1, ILL_AFTER + 1):
+            child.kill()
+
+            def restarted(count: int = count) -> bool:
+                supervisor.tend(0.05)
+                return supervisor.restarts["late"] == count
+
+            wait_until(restarted)
+        assert supervisor.complaints() == ["late was killed by SIGKILL, 3 times in a row by now"]
+        monkeypatch.setattr("server.supervisor.STEADY_AFTER_S", 0.0)
+        assert supervisor.complaints() == []
+    finally:
+        child.kill()
+
+
+def test_children_know_how_often_each_was_started_again(tmp_path: Path, in_a_process: InAProcess) -> None:
+    told = tmp_path / "told"
+    code = f"""
+import os, time
+from server.restarts import restart_counts
+while restart_counts().get("brief", 0) < 2: time.sleep(0.02)
+open({str(told)!r}, "w").write(repr(sorted(restart_counts())))
+time.sleep(1000)
+"""
+    # The second supervisor hands on what the first one tells.
+    below = f"Supervisor([Child('reader', [sys.executable, '-c', {code!r}])]).run()"
+    inner = f"import sys; from server.supervisor import Child, Supervisor; {below}"
+    supervised = in_a_process(f"""
+inner = Child("inner", [sys.executable, "-c", {inner!r}])
+sys.exit(Supervisor([inner, Child("brief", ["false"])]).run())
+""")
+    wait_until(lambda: told.exists() and told.read_text() == "['brief', 'inner', 'reader']", 30)
+    supervised.terminate()
+    assert supervised.wait(60) == 0
+
+
+def test_counts_of_an_environment_that_was_copied_are_none(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        assert restart_counts({VARIABLE: f"{file.fileno()}:relay;987654:server"}) == {}
+
+
+def test_ends_count_from_the_start_after_a_steady_life(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.supervisor.STEADY_AFTER_S", 0.0)
     child = Child("steady", SLEEP)
-    supervisor.children.append(child)
-    supervisor._give_up_after = 2
+    supervisor = Supervisor([child], vital=[child], give_up_after=2)
     supervisor.start()
     for _ in range(4):
         before = child.pid
@@ -255,11 +348,13 @@ def test_ends_count_from_the_start_after_a_steady_life(supervisor: Supervisor, m
 
         wait_until(started_again)
     assert child.running
+    child.kill()
 
 
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_everything_at_once(
-    tmp_path: Path, in_a_process: InAProcess, number: signal.Signals
+    tmp_path: Path, in_a_process: InAProcess, first: signal.Signals, number: signal.Signals
 ) -> None:
     log = tmp_path / "log"
     supervised = in_a_process(f"""
@@ -268,7 +363,7 @@ deaf = Child("deaf", ["sh", "-c", "trap 'echo deaf to it' TERM; echo $$; while t
 sys.exit(Supervisor([deaf]).run(grace_s=1000))
 """)
     pid = int(wait_until(lambda: log.exists() and log.read_text().strip()) or 0)
-    supervised.send_signal(number)
+    supervised.send_signal(first)
     wait_until(lambda: "deaf to it" in log.read_text())
     supervised.send_signal(number)
     assert supervised.wait(60) == 128 + number
@@ -334,7 +429,7 @@ def test_kill_9_of_the_parent_leaves_nothing_behind(parent: subprocess.Popen[str
     wait_until(lambda: not any(map(alive, processes)), message="children outlived their parent")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_run_ends_everything_on_a_signal(parent: subprocess.Popen[str], number: signal.Signals) -> None:
     processes = its_processes(parent)
     parent.send_signal(number)

@@ -19,7 +19,8 @@ from websockets.sync.client import connect
 
 from server.embedded import ADDRESS, RedisServer, free_port
 from server.errors import UwsError
-from server.supervisor import alive
+from server.health import WORKERS, of_supervisor
+from server.supervisor import ILL_AFTER, alive
 from server.workers import hold_port
 from tests.client import board, can_write, post, token, trust
 from tests.services import KafkaBroker, ServerProcess, SyncProcess, wait_until
@@ -208,3 +209,25 @@ def test_process_that_was_left_behind_shares_its_port_with_nobody(
     finally:
         os.kill(stuck, signal.SIGCONT)
     wait_until(lambda: not alive(stuck), message="a worker outlived its parent")
+
+
+def test_worker_that_ends_again_and_again_is_told_while_the_other_serves(new_workers: Callable[..., Workers]) -> None:
+    workers = new_workers()
+    (kept, killed), count = workers.pids(), 0
+    name = ""
+    while count < ILL_AFTER:
+        if alive(killed):
+            os.kill(killed, signal.SIGKILL)
+            count += 1
+        wait_until(lambda killed=killed: len(workers.pids()) == 2 and killed not in workers.pids(), 30)  # type: ignore[misc]
+        (killed,) = set(workers.pids()) - {kept}
+        (name,) = re.findall(r"(worker \d) was killed by SIGKILL", workers.output_tail(1000))[-1:]
+    assert of_supervisor(ADDRESS, workers.port, WORKERS) == [f"{name} was killed by SIGKILL, 3 times in a row by now"]
+    assert re.search(rf'^scoreboard_restarts_total{{process="{name}"}} 3.0$', metrics(workers), re.MULTILINE)
+    assert can_write(workers)
+    assert kept in workers.pids()
+
+
+def metrics(workers: Workers) -> str:
+    with Wire(workers.port) as wire:
+        return wire.request("GET", "/metrics").body.decode()
