@@ -21,7 +21,7 @@ import psycopg
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]
 
-from server import config
+from server import config, postgres
 from server.auth import Authenticator
 from server.config import OTHER_FILES, Settings
 from server.errors import ConfigError, NotReady
@@ -282,7 +282,7 @@ def _retention_ms(admin: Any, name: str) -> int:
 
 
 def _look_at_database(settings: Settings) -> Iterator[Finding]:
-    with psycopg.connect(settings.database_url, connect_timeout=5, application_name="scoreboard-check") as connection:
+    with postgres.connect(settings.database_url, "scoreboard-check") as connection:
         connection.read_only = True
         version, info = connection.info.server_version, connection.info
         found = f"{info.host}:{info.port}/{info.dbname}: version {version // 10_000}.{version % 10_000}"

@@ -27,7 +27,7 @@ import confluent_kafka
 import psycopg
 import redis
 
-from server import config, dev_screen
+from server import config, dev_screen, postgres
 from server.config import Settings
 from server.demo import PLAYERS, DemoPlayers
 from server.dev_screen import signing_algorithm, token
@@ -349,7 +349,7 @@ def _unpersisted(settings: Settings) -> int:
         consumer.close()
     # Offsets of an earlier broker mean nothing here; the persister tells them apart by the cluster's id.
     query = "SELECT coalesce(sum(next_offset), 0)::bigint FROM consumer_offsets WHERE topic = %s AND topic_id = %s"
-    with psycopg.connect(settings.database_url, connect_timeout=2) as connection:
+    with postgres.connect(settings.database_url, "scoreboard-dev", within_s=2) as connection:
         row = connection.execute(query, [topic, answer.cluster_id]).fetchone()
     return sum(ends) - (row[0] if row else 0)
 

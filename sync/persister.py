@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 import psycopg
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from psycopg import errors
 
 from server.config import Settings
 from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, check_format, decode_event
@@ -26,13 +27,16 @@ from sync.kafka import new_consumer
 from sync.placement import check_topic, first_offset
 from sync.store import Persisted, Store
 from sync.topics import Topic, look_up
-from sync.waiting import Outage, Stop
+from sync.waiting import Outage, Stop, Stopped
 
 BATCH_EVENTS: Final = 5000
 GATHER_S: Final = 0.2
 """How long a batch may gather before it is written."""
 
 CONFIRM_WITHIN_S: Final = 5.0
+POLL_AFTER_S: Final = 1.0
+"""A statement that takes longer is waited for as an outage is: Kafka is polled."""
+
 FIRST_TIDY_S: Final = 60.0
 """After a start: there may be much to catch up with first."""
 
@@ -49,10 +53,6 @@ WRITE_BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 
 _log = logging.getLogger("sync.persister")
 _T = TypeVar("_T")
-
-
-class Stopped(Exception):
-    """We were asked to stop in the middle of an outage."""
 
 
 class Persister:
@@ -74,7 +74,7 @@ class Persister:
         self.kafka_outage = Outage("Kafka", _log)
         self._settings = settings
         self._stop = stop
-        self._store = Store(settings.database_url)
+        self._store = Store(settings.database_url, meanwhile=self._while_the_database_works)
         self._dead_letters = DeadLetters(settings)
         self._consumer = new_consumer(settings, PERSISTER_GROUP, self._on_error)
         self._topic = Topic("", 0)
@@ -83,6 +83,7 @@ class Persister:
         self._ends: dict[int, int] = {}
         self._unplaced: list[TopicPartition] | None = None
         self._early: list[Message] = []
+        self._paused = False
         self._tidy_at_s = time.monotonic() + FIRST_TIDY_S
 
     @property
@@ -108,7 +109,7 @@ class Persister:
             while not self._stop.requested:
                 self._step()
         except Stopped:
-            _log.info("stopped while a service was away; what is not stored stays in Kafka")
+            _log.info("stopped while a service was waited for; what is not stored stays in Kafka")
         finally:
             self._consumer.close()
             self._store.close()
@@ -166,6 +167,7 @@ class Persister:
             more = self._store.drop_history(self._settings.history_days, DELETE_AT_ONCE)
         except psycopg.Error as error:
             _log.warning("old events stay for another hour: %s", str(error).strip())
+        self._resume()
         self._tidy_at_s = time.monotonic() + (0 if more else TIDY_EVERY_S)
 
     def _place(self, partitions: list[TopicPartition]) -> None:
@@ -291,26 +293,42 @@ class Persister:
 
     def _through_outages(self, work: Callable[[], _T]) -> _T:
         """What `work` returns once it succeeds; until then the group is polled, so that it keeps us."""
-        paused = False
+        counted = False
         while True:
             try:
                 result = work()
-            except psycopg.OperationalError as error:
+            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
                 delay_s = self.database_outage.failed(error)
             except KafkaException as error:
                 delay_s = self.kafka_outage.failed(error)
             else:
                 break
-            if not paused:
-                paused = True
+            if not counted:
+                counted = True
                 self.outages += 1
-                self._consumer.pause(self._consumer.assignment())
+            self._pause()
             self._poll_for(delay_s)
         self.database_outage.over()
         self.kafka_outage.over()
-        if paused:
-            self._consumer.resume(self._consumer.assignment())
+        self._resume()
         return result
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._consumer.pause(self._consumer.assignment())
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._consumer.resume(self._consumer.assignment())
+
+    def _while_the_database_works(self, waited_s: float) -> None:
+        self._stop.heed()
+        if waited_s >= POLL_AFTER_S:
+            self._pause()
+            self._early += self._consumer.consume(BATCH_EVENTS, 0)
+            self._measure_lag()
 
     def _poll_for(self, duration_s: float) -> None:
         deadline = time.monotonic() + duration_s

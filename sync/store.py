@@ -7,23 +7,26 @@ told apart by version, and an offset never goes back.
 from __future__ import annotations
 
 import json
-import random
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import sql
 
+from server import postgres
 from server.events import PERSISTER_GROUP, ScoreEvent
 from server.fences import Epochs
+from server.postgres import Connection
+from sync.session import Session, nothing
 
-RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
-"""Before each further try at a statement that lost a race, or whose connection was lost."""
+IDLE_MS: Final = 60_000
+"""After which the database ends a migration that it hears nothing of: others wait for its locks."""
 
-STATEMENT_TIMEOUT_MS: Final = 60_000
+TIDY_WITHIN_S: Final = 60.0
+"""What dropping old events may take: it waits for whoever reads them."""
+
 _SCHEMA: Final = Path(__file__).with_name("schema.sql").read_text()
 _PERSIST: Final = Path(__file__).with_name("persist_batch.sql").read_text().encode()
 _OFFSETS: Final = """
@@ -56,12 +59,17 @@ _CORRECT: Final = """
 """
 _HAS_CHUNKS: Final = "SELECT 1 FROM pg_extension WHERE extname = 'timescaledb'"
 _DROP_CHUNKS: Final = "SELECT drop_chunks('score_events', older_than => make_interval(days => %s))"
+_BACKEND: Final = "SELECT pg_backend_pid()"
+_BEGIN: Final = """
+    SELECT set_config('scoreboard.history_days', %(history_days)s, true),
+           set_config('idle_in_transaction_session_timeout', %(idle_ms)s, true)
+"""
+_IS_ACTIVE: Final = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
 _DELETE_OLD: Final = """
     DELETE FROM score_events WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM score_events WHERE at < now() - make_interval(days => %s) LIMIT %s
     ))
 """
-_T = TypeVar("_T")
 
 
 class StoredOffset(NamedTuple):
@@ -88,23 +96,44 @@ class Persisted(NamedTuple):
     offsets_advanced: int
 
 
-def migrate(database_url: str, history_days: int = 0) -> None:
+def migrate(database_url: str, history_days: int = 0, meanwhile: Callable[[float], None] = nothing) -> None:
     """Bring the schema up to date; harmless when it is, and when others do the same.
 
     `history_days` is how long a TimescaleDB that does it by itself keeps events; 0 is for ever.
-    Raises psycopg.Error.
+    Takes as long as the database works on it, for a long history may be written anew; `meanwhile` as in a Session.
+    Raises psycopg.Error, and what `meanwhile` raises.
     """
-    with psycopg.connect(database_url, connect_timeout=5) as connection:
-        connection.execute("SELECT set_config('scoreboard.history_days', %s, false)", (str(history_days),))
-        connection.execute(sql.SQL(_SCHEMA))
+
+    def apply(connection: Connection) -> None:
+        with connection.transaction():
+            (backend,) = connection.execute(_BACKEND).fetchone() or (None,)
+            connection.is_at_work = lambda: _is_active(database_url, backend)
+            connection.execute(_BEGIN, {"history_days": str(history_days), "idle_ms": str(IDLE_MS)})
+            connection.execute(sql.SQL(_SCHEMA))
+
+    session = Session(database_url, "scoreboard-migrate", meanwhile)
+    try:
+        session.run(apply)
+    finally:
+        session.close()
+
+
+def _is_active(database_url: str, backend: int | None) -> bool:
+    """Whether the database works for this backend: asked over another connection, for its own may have gone silent."""
+    try:
+        with postgres.connect(database_url, "scoreboard-migrate") as another:
+            return another.execute(_IS_ACTIVE, (backend,)).fetchone() is not None
+    except psycopg.Error:
+        return False
 
 
 class Store:
-    """One connection that writes, made when it is needed and again when it was lost."""
+    """What is written and read, over one connection; see Session for `meanwhile`."""
 
-    def __init__(self, database_url: str) -> None:
-        self._database_url = database_url
-        self._connection: psycopg.Connection[Any] | None = None
+    def __init__(
+        self, database_url: str, role: str = "scoreboard persister", meanwhile: Callable[[float], None] = nothing
+    ) -> None:
+        self._session = Session(database_url, role, meanwhile)
 
     def persist(
         self,
@@ -128,26 +157,27 @@ class Store:
             "epochs": [epochs.get(partition, {}).get("", 0) for partition in next_offsets],
             "tag_epochs": [_tagged(epochs.get(partition, {})) for partition in next_offsets],
         }
-        row = self._retrying(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
+        row = self._session.run(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
         assert row is not None, "the statement returns one row"
         return Persisted(*row)
 
     def offsets(self, topic: str) -> dict[int, StoredOffset]:
         """Where to go on, by partition; a partition nothing was stored of is missing."""
-        rows = self._retrying(lambda connection: connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall())
+        rows = self._session.run(lambda connection: connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall())
         return {partition: StoredOffset(*offset) for partition, *offset in rows}
 
     def forget_offsets(self, topic: str, but_of: str) -> None:
         """Delete the offsets of topics that had this name, except of the one with the id `but_of`."""
         query = "DELETE FROM consumer_offsets WHERE consumer_group = %s AND topic = %s AND topic_id <> %s"
-        self._retrying(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
+        self._session.run(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
 
     def drop_history(self, days: int, most: int) -> bool:
         """Delete events older than that, `most` at once where each is deleted by itself; says if more are left."""
-        if self._retrying(lambda connection: connection.execute(_HAS_CHUNKS).fetchone()):
-            self._retrying(lambda connection: connection.execute(_DROP_CHUNKS, (days,)))
+        run = self._session.run
+        if run(lambda connection: connection.execute(_HAS_CHUNKS).fetchone()):
+            run(lambda connection: connection.execute(_DROP_CHUNKS, (days,)), TIDY_WITHIN_S)
             return False
-        return self._retrying(lambda connection: connection.execute(_DELETE_OLD, (days, most)).rowcount) == most
+        return run(lambda connection: connection.execute(_DELETE_OLD, (days, most)).rowcount, TIDY_WITHIN_S) == most
 
     def scores_after(self, board: str, player: str, limit: int) -> list[tuple[str, StoredScore]]:
         """The next `limit` players of a board behind `player`, in the index's order; "" is before the first."""
@@ -159,7 +189,7 @@ class Store:
 
     def without_score(self, board: str, players: Sequence[str]) -> list[str]:
         """Those of these players that have no row."""
-        rows = self._retrying(
+        rows = self._session.run(
             lambda connection: connection.execute(_WITHOUT_SCORE, (_text_array(players), board)).fetchall()
         )
         return [player for (player,) in rows]
@@ -173,40 +203,15 @@ class Store:
             "ms": _number_array([ms for _, _, (ms, _) in scores]),
             "seq": _number_array([seq for _, _, (_, seq) in scores]),
         }
-        return self._retrying(lambda connection: connection.execute(_CORRECT, parameters).rowcount) if scores else 0
+        return self._session.run(lambda connection: connection.execute(_CORRECT, parameters).rowcount) if scores else 0
 
     def _scores(self, query: str, parameters: tuple[Any, ...]) -> list[tuple[str, StoredScore]]:
-        rows = self._retrying(lambda connection: connection.execute(query, parameters).fetchall())
+        rows = self._session.run(lambda connection: connection.execute(query, parameters).fetchall())
         return [(player, StoredScore(score, (ms, seq))) for player, score, ms, seq in rows]
 
     def close(self) -> None:
         """Give up the connection."""
-        if self._connection:
-            self._connection.close()
-        self._connection = None
-
-    def _retrying(self, work: Callable[[psycopg.Connection[Any]], _T]) -> _T:
-        for delay_s in RETRY_DELAYS_S:
-            try:
-                return work(self._connected())
-            except (errors.SerializationFailure, errors.DeadlockDetected):
-                time.sleep(delay_s * random.random())  # noqa: S311 (jitter, not a secret)
-            except psycopg.OperationalError:
-                self.close()
-                time.sleep(delay_s)
-        return work(self._connected())
-
-    def _connected(self) -> psycopg.Connection[Any]:
-        if self._connection is None or self._connection.closed:
-            self._connection = psycopg.connect(
-                self._database_url,
-                autocommit=True,
-                prepare_threshold=1,
-                connect_timeout=5,
-                application_name="scoreboard persister",
-                options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
-            )
-        return self._connection
+        self._session.close()
 
 
 def _tagged(epochs: Epochs) -> str:
