@@ -282,7 +282,7 @@ def _retention_ms(admin: Any, name: str) -> int:
 
 
 def _look_at_database(settings: Settings) -> Iterator[Finding]:
-    with postgres.connect(settings.database_url, "scoreboard-check") as connection:
+    with postgres.connect(settings.database_url, "scoreboard-check", ANSWER_WITHIN_S) as connection:
         connection.read_only = True
         version, info = connection.info.server_version, connection.info
         found = f"{info.host}:{info.port}/{info.dbname}: version {version // 10_000}.{version % 10_000}"

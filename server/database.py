@@ -29,6 +29,8 @@ MAX_AGE_S: Final = 1.0
 QUERY_TIMEOUT_S: Final = 1.0
 """Longest a reading may take, unless said otherwise."""
 
+CONNECT_WITHIN_S: Final = 2
+
 STEP_TIMEOUT_S: Final = 30.0
 """For one step of reading everything."""
 
@@ -83,7 +85,7 @@ class Database:
             timeout=self._query_timeout_s,
             reconnect_timeout=5,
             configure=self._configure,
-            kwargs=postgres.parameters(self._url, "scoreboard-server") | {"autocommit": True},
+            kwargs=postgres.parameters(self._url, "scoreboard-server", CONNECT_WITHIN_S) | {"autocommit": True},
         )
         await self._pool.open()
 
@@ -136,7 +138,8 @@ class Database:
         Raises NotReady, from within the block too, when it fails or does not answer in time.
         """
         try:
-            connection = await AsyncConnection.connect(**postgres.parameters(self._url, "scoreboard-rebuild"))
+            known = postgres.parameters(self._url, "scoreboard-rebuild", CONNECT_WITHIN_S)
+            connection = await AsyncConnection.connect(**known)
             async with connection:
                 connection.answer_within_s = STEP_TIMEOUT_S
                 await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)

@@ -45,8 +45,8 @@ class Unanswered(psycopg.OperationalError):
     """The database did not answer in time: whether it did what was asked is not known."""
 
 
-def parameters(database_url: str, role: str) -> dict[str, Any]:
-    """The keyword arguments of every `connect`; `role` is the application's name, where none was given.
+def parameters(database_url: str, role: str, connect_within_s: int = CONNECT_WITHIN_S) -> dict[str, Any]:
+    """The keyword arguments of every `connect`; `role` and `connect_within_s` count where nobody said another.
 
     Raises psycopg.ProgrammingError for a URL that libpq cannot read.
     """
@@ -56,7 +56,7 @@ def parameters(database_url: str, role: str) -> dict[str, Any]:
     if "service" not in given and "PGSERVICE" not in os.environ:
         defaults |= _DEFAULTS
         if "PGCONNECT_TIMEOUT" not in os.environ:
-            defaults["connect_timeout"] = CONNECT_WITHIN_S
+            defaults["connect_timeout"] = connect_within_s
     # Names of players are any text at all, whatever encoding the environment prefers.
     return {**defaults, **given, "client_encoding": "UTF8", "prepare_threshold": None}
 

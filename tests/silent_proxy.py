@@ -16,6 +16,12 @@ class SilentProxy:
 
     def __init__(self, port: int) -> None:
         self.accepted = 0
+        self.swallowed = 0
+        """Bytes that never came where they were sent to."""
+
+        self.swallow_at: bytes | None = None
+        """When a client sends this, everything before it has passed, and it and what follows is swallowed."""
+
         self._target = port
         self._swallow_new = False
         self._sockets: list[socket.socket] = []
@@ -61,11 +67,15 @@ class SilentProxy:
             for source, sink in ((client, server), (server, client)):
                 threading.Thread(target=self._pass_on, args=(source, sink, silent), daemon=True).start()
 
-    @staticmethod
-    def _pass_on(source: socket.socket, sink: socket.socket, silent: threading.Event) -> None:
+    def _pass_on(self, source: socket.socket, sink: socket.socket, silent: threading.Event) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                if not silent.is_set():
+                if self.swallow_at and self.swallow_at in data:
+                    self.swallow_at = None
+                    self.swallow()
+                if silent.is_set():
+                    self.swallowed += len(data)
+                else:
                     sink.sendall(data)
             if not silent.is_set():
                 sink.shutdown(socket.SHUT_WR)
