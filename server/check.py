@@ -42,6 +42,7 @@ _TABLES: Final = """
     SELECT wanted FROM unnest(ARRAY['scores', 'score_events', 'consumer_offsets']) AS wanted
     WHERE to_regclass(wanted) IS NULL
 """
+_ACCESS: Final = "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')"
 _EXTENSION: Final = """
     SELECT extversion, current_setting('timescaledb.license', true) FROM pg_extension WHERE extname = 'timescaledb'
 """
@@ -290,12 +291,23 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
             yield Finding(State.FAIL, "PostgreSQL", found, "expected 14 or newer")
         else:
             yield Finding(State.OK, "PostgreSQL", found)
+        yield from _judge_access(connection.execute(_ACCESS).fetchone())
         yield _judge_extension(connection.execute(_EXTENSION).fetchone())
         missing = [table for (table,) in connection.execute(_TABLES)]
         if missing:
             yield Finding(State.FAIL, "PostgreSQL", f"no table {', '.join(missing)}", MIGRATE)
         else:
             yield Finding(State.OK, "PostgreSQL", "the schema is applied")
+
+
+def _judge_access(access: tuple[Any, ...] | None) -> Iterator[Finding]:
+    in_recovery, read_only = access or (False, "off")
+    if in_recovery:
+        advice = "servers can read it, sync has to write: name all hosts, and target_session_attrs=read-write"
+        yield Finding(State.FAIL, "PostgreSQL", "it is a read-only standby", advice)
+    elif read_only == "on":
+        advice = "sync has to write: is it meant to be so, and for this user?"
+        yield Finding(State.FAIL, "PostgreSQL", "default_transaction_read_only is on", advice)
 
 
 def _judge_extension(extension: tuple[Any, ...] | None) -> Finding:

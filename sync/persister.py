@@ -25,7 +25,7 @@ from sync.chain import Chain
 from sync.dead_letters import DeadLetters
 from sync.kafka import new_consumer
 from sync.placement import check_topic, first_offset
-from sync.store import Persisted, Store
+from sync.store import CommitsLost, Persisted, Store, StoredOffset
 from sync.topics import Topic, look_up
 from sync.waiting import Outage, Stop, Stopped
 
@@ -107,7 +107,13 @@ class Persister:
         )
         try:
             while not self._stop.requested:
-                self._step()
+                try:
+                    self._step()
+                except CommitsLost as error:
+                    _log.warning("%s: reading them again", error)
+                    self._unplaced = self._unplaced or self._consumer.assignment()
+                    self.behind_since_ms, self.in_hand_since_ms = self.in_hand_since_ms or _now_ms(), None
+                    self._resume()
         except Stopped:
             _log.info("stopped while a service was waited for; what is not stored stays in Kafka")
         finally:
@@ -176,6 +182,7 @@ class Persister:
         placed = self._through_outages(lambda: self._placed(partitions))
         if self._unplaced is None:  # else another assignment came while we were waiting
             self._consumer.assign(placed)
+            self._early = []  # what is not stored is read again, and in its place
             self._next_offsets = {it.partition: it.offset for it in placed}
             self.chain.forget()
             self._consumer.resume(placed)  # a partition stays paused when it goes and comes back
@@ -196,7 +203,8 @@ class Persister:
             offset = first_offset(name, partition.partition, stored.get(partition.partition), low, high)
             self._ends[partition.partition] = high
             placed.append(TopicPartition(name, partition.partition, offset))
-        self._fences.begin({partition: offset.epochs for partition, offset in stored.items()})
+        unknown = StoredOffset("", 0)
+        self._fences.begin({it.partition: stored.get(it.partition, unknown).epochs for it in partitions})
         return placed
 
     def _settle(self, records: list[Any]) -> None:

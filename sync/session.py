@@ -44,10 +44,18 @@ class Session:
     is given up then.
     """
 
-    def __init__(self, database_url: str, role: str, meanwhile: Callable[[float], None] = nothing) -> None:
+    def __init__(
+        self,
+        database_url: str,
+        role: str,
+        meanwhile: Callable[[float], None] = nothing,
+        examine: Callable[[Connection], None] | None = None,
+    ) -> None:
+        """`examine` is given each new connection before anything else, and raises if it is no good."""
         self._database_url = database_url
         self._role = role
         self._meanwhile = meanwhile
+        self._examine = examine
         self._within_s = ANSWER_WITHIN_S
         self._connection: Connection | None = None
 
@@ -106,6 +114,8 @@ class Session:
         try:
             connection.autocommit = True
             row = connection.execute(_BACKEND).fetchone()
+            if self._examine:
+                self._examine(connection)
         except BaseException:
             connection.close()
             raise

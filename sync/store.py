@@ -16,6 +16,7 @@ import psycopg
 from psycopg import sql
 
 from server import postgres
+from server.errors import ScoreboardError
 from server.events import PERSISTER_GROUP, ScoreEvent
 from server.fences import Epochs
 from server.postgres import Connection
@@ -88,6 +89,10 @@ class StoredScore(NamedTuple):
     version: tuple[int, int]
 
 
+class CommitsLost(ScoreboardError):
+    """The database has forgotten what it confirmed: another host took over, or an old copy was restored."""
+
+
 class Persisted(NamedTuple):
     """What a batch changed: rows of history, current scores, offsets. All 0 for a batch seen before."""
 
@@ -133,7 +138,9 @@ class Store:
     def __init__(
         self, database_url: str, role: str = "scoreboard persister", meanwhile: Callable[[float], None] = nothing
     ) -> None:
-        self._session = Session(database_url, role, meanwhile)
+        self._session = Session(database_url, role, meanwhile, self._examine)
+        self._confirmed: dict[tuple[str, str], dict[int, int]] = {}
+        """By topic and its id: the next offset of each partition, as the database last confirmed it."""
 
     def persist(
         self,
@@ -146,7 +153,8 @@ class Store:
         """Write the events and move the offsets, with the epochs of the last fences before them, all or nothing.
 
         Raises psycopg.OperationalError when the database is away, and another psycopg.Error when it
-        refuses what it was given; either way nothing was written.
+        refuses what it was given; either way nothing was written. Raises CommitsLost, once, when the database
+        no longer has what it confirmed before: then `offsets` says where to go on.
         """
         parameters = _columns(events) | {
             "consumer_group": PERSISTER_GROUP,
@@ -159,15 +167,36 @@ class Store:
         }
         row = self._session.run(lambda connection: connection.execute(_PERSIST, parameters).fetchone())
         assert row is not None, "the statement returns one row"
+        self._confirm(topic, topic_id, next_offsets)
         return Persisted(*row)
 
     def offsets(self, topic: str) -> dict[int, StoredOffset]:
         """Where to go on, by partition; a partition nothing was stored of is missing."""
+        self._confirmed = {}  # from here on counts what the database says now
         rows = self._session.run(lambda connection: connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall())
-        return {partition: StoredOffset(*offset) for partition, *offset in rows}
+        found = {partition: StoredOffset(*offset) for partition, *offset in rows}
+        for partition, offset in found.items():
+            self._confirm(topic, offset.topic_id, {partition: offset.next_offset})
+        return found
+
+    def _confirm(self, topic: str, topic_id: str, next_offsets: Mapping[int, int]) -> None:
+        confirmed = self._confirmed.setdefault((topic, topic_id), {})
+        for partition, offset in next_offsets.items():
+            confirmed[partition] = max(offset, confirmed.get(partition, 0))
+
+    def _examine(self, connection: Connection) -> None:
+        # An offset never goes back by itself. So one that did tells that events behind it are missing, too.
+        for (topic, topic_id), offsets in self._confirmed.items():
+            rows = connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall()
+            stored = {partition: offset for partition, its_id, offset, _ in rows if its_id == topic_id}
+            behind = sum(max(0, offset - stored.get(partition, 0)) for partition, offset in offsets.items())
+            if behind:
+                self._confirmed = {}
+                raise CommitsLost(f"the database has lost up to {behind} events of {topic} that it had stored")
 
     def forget_offsets(self, topic: str, but_of: str) -> None:
         """Delete the offsets of topics that had this name, except of the one with the id `but_of`."""
+        self._confirmed = {}
         query = "DELETE FROM consumer_offsets WHERE consumer_group = %s AND topic = %s AND topic_id <> %s"
         self._session.run(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
 
