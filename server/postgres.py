@@ -79,7 +79,7 @@ class _Patience:
             while True:
                 ready = yield gen.send(ready)
                 if self.given_up:
-                    raise Unanswered("the database's answer was not waited for")
+                    raise Unanswered("the database's answer is not needed any more")
                 if time.monotonic() >= deadline_s:
                     if self.is_at_work is None or not self.is_at_work():
                         raise Unanswered(f"the database did not answer within {within_s:g} s")

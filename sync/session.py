@@ -147,7 +147,8 @@ class _Errand(Generic[_T]):
         try:
             if self.connection is None or self.connection.closed:
                 self.connection = self._connect()
-            self.connection.given_up = self._given_up
+            if self._given_up:
+                raise Unanswered("the database's answer is not needed any more")
             self.connection.answer_within_s = self._within_s
             result = self._work(self.connection)
         except BaseException as error:

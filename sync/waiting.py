@@ -12,7 +12,7 @@ from typing import Final
 
 FIRST_DELAY_S: Final = 0.1
 LONGEST_DELAY_S: Final = 3.0
-GRACE_S: Final = 0.3
+GRACE_S: Final = 0.7
 """What an answer that is waited for still gets after the request to stop: it mostly comes."""
 
 _LOOK_EVERY_S: Final = 0.05
