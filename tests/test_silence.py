@@ -80,6 +80,23 @@ def test_persister_goes_on_over_another_connection(settings: Settings, proxy: Si
 
 
 @pytest.mark.kafka
+@pytest.mark.usefixtures("impatient")
+def test_persister_goes_on_when_nobody_answered_for_a_while(
+    settings: Settings, proxy: SilentProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGCONNECT_TIMEOUT", "2")
+    with running(Persister, settings) as part:
+        put_records(settings, [event("ann", 1000)])
+        wait_until(lambda: part.persisted_events == 1)
+        proxy.swallow(new_ones=True)  # so that a request to cancel is lost as well
+        put_records(settings, [event("ann", 2000)])
+        wait_until(lambda: part.database_outage.goes_on)
+        proxy.wake()
+        wait_until(lambda: part.persisted_events == 2, 20)
+        assert part.outages == 1
+
+
+@pytest.mark.kafka
 def test_persister_that_waits_for_an_answer_shares_its_partitions(
     settings: Settings, proxy: SilentProxy, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
