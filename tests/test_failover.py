@@ -11,15 +11,17 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import redis as redis_client
 
 from server import check
 from server.config import Settings
 from server.database import Database
-from server.embedded import ADDRESS, PostgresServer
+from server.embedded import ADDRESS, PostgresServer, RedisServer
 from sync.persister import Persister
 from sync.store import Store, migrate
-from tests.services import KafkaBroker, wait_until
-from tests.sync_parts import event, migrated, put_records, running
+from tests.client import board, wait_until_writable
+from tests.services import KafkaBroker, ServerProcess, wait_until
+from tests.sync_parts import environment_of, event, migrated, put_records, running
 
 pytestmark = pytest.mark.postgres
 
@@ -122,6 +124,33 @@ def test_whichever_host_can_be_written_to_is_found(primary: PostgresServer, stan
         migrate(url)
         write(url, "ann")
         assert asyncio.run(read(url))[0] == [("ann", 7)]
+    wait_until(lambda: standby.has("ann"))
+    assert asyncio.run(read(both(primary, standby).replace("read-write", "prefer-standby")))[0] == [("ann", 7)]
+
+
+@pytest.mark.redis
+@pytest.mark.kafka
+def test_server_fills_redis_from_a_standby(
+    primary: PostgresServer,
+    standby: Standby,
+    redis_server: RedisServer,
+    redis: redis_client.Redis,
+    kafka_broker: KafkaBroker,
+    kafka_topic: str,
+    tmp_path: Path,
+) -> None:
+    settings = migrated(kafka_broker, kafka_topic, primary.url, partitions=2)
+    write(primary.url, "ann")
+    wait_until(lambda: standby.has("ann"))
+    here = {"DATABASE_URL": standby.url, "REDIS_HOST": redis_server.host, "REDIS_PORT": str(redis_server.port)}
+    server = ServerProcess(tmp_path, environment_of(settings) | here)
+    try:
+        server.start()
+        wait_until_writable(server)
+        assert board(server) == {"ann": 7}
+        assert redis.zscore("leaderboard", "ann") == 7
+    finally:
+        server.stop()
 
 
 @pytest.mark.kafka
