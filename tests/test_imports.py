@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients", "slots", "instruments", "logs",
-    "machine",
+GROUND = {
+    "errors", "events", "fences", "keys", "config", "postgres", "database", "kafka_clients", "slots", "instruments",
+    "logs", "machine",
 }  # fmt: skip
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
@@ -29,6 +31,7 @@ NEVER = {
     "openapi": {"asyncio", "time", "uws"},
     "replay": {"asyncio", "time", "redis_connection", "hiredis", "confluent_kafka", "kafka_tail"},
     "supervisor": {"server", "sync"},
+    "postgres": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},
     "slots": {"asyncio", "time", "hiredis", "redis"},
@@ -87,3 +90,12 @@ def test_pure_modules_stay_pure(name: str) -> None:
 def test_only_one_module_touches_uwebsockets() -> None:
     touching = [path.stem for path in modules("server") + modules("sync") if "socketify" in str(imported(path))]
     assert touching == ["uws"]
+
+
+def test_parameters_of_database_connections_are_made_in_one_place() -> None:
+    others = [
+        path.stem
+        for path in modules("server") + modules("sync")
+        if re.search(r"psycopg\.(\w+\.)?connect\(", path.read_text())
+    ]
+    assert others == []
