@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # scripts/setup.sh EXTRAS [tests|bench]: a .venv as pyproject.toml and constraints.txt want it; for the tests Chromium,
-# nginx, haproxy and Debian's Redis where they can be had, for the benchmarks wrk, for both the locale en_US.UTF-8. Does
-# nothing when they are there.
+# nginx, haproxy, PgBouncer and Debian's Redis where they can be had, for the benchmarks wrk, for both the locale
+# en_US.UTF-8. Does nothing when they are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 extras=$1 purpose=${2:-}
@@ -139,6 +139,24 @@ want_redis() {
     fi
 }
 
+# Unpacked for the same reason, with the libraries that a machine without it may lack.
+want_pgbouncer() {
+    local into=.cache/pgbouncer asked=.cache/no-pgbouncer
+    if PATH=$PATH:/usr/sbin command -v pgbouncer >/dev/null || [ -x $into/usr/sbin/pgbouncer ] || [ -e $asked ]; then
+        return
+    fi
+    say "fetching PgBouncer with apt-get"
+    mkdir -p $into
+    (cd $into && apt-get download -qq pgbouncer libc-ares2 >&2) || true
+    (cd $into && apt-get download -qq libevent-2.1-7 >&2 2>/dev/null || apt-get download -qq libevent-2.1-7t64 >&2) || true
+    for package in "$into"/*.deb; do dpkg -x "$package" $into || true; done
+    rm -f "$into"/*.deb
+    if ! LD_LIBRARY_PATH=$(echo $into/usr/lib/*-linux-gnu) $into/usr/sbin/pgbouncer --version >/dev/null 2>&1; then
+        touch $asked
+        say "no PgBouncer could be had: its tests will be skipped (to ask again, delete $asked)"
+    fi
+}
+
 mkdir -p .cache
 exec 9>.cache/setup.lock
 if command -v flock >/dev/null; then flock 9; fi # two makes in one tree set up once
@@ -156,6 +174,7 @@ if [ "$purpose" = tests ]; then
     want_chromium
     want_nginx
     want_haproxy
+    want_pgbouncer
     want_redis
     want_locale
 fi

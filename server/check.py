@@ -21,7 +21,7 @@ import psycopg
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import ConfigResource, ResourceType  # type: ignore[attr-defined]
 
-from server import config
+from server import config, postgres
 from server.auth import Authenticator
 from server.config import OTHER_FILES, Settings
 from server.errors import ConfigError, NotReady
@@ -51,6 +51,7 @@ _UNSORTED: Final = """
       AND attcollation <> 'pg_catalog."C"'::regcollation
     ORDER BY wanted
 """
+_ACCESS: Final = "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')"
 _EXTENSION: Final = """
     SELECT extversion, current_setting('timescaledb.license', true) FROM pg_extension WHERE extname = 'timescaledb'
 """
@@ -302,7 +303,7 @@ def _retention_ms(admin: Any, name: str) -> int:
 
 
 def _look_at_database(settings: Settings) -> Iterator[Finding]:
-    with psycopg.connect(settings.database_url, connect_timeout=5, application_name="scoreboard-check") as connection:
+    with postgres.connect(settings.database_url, "scoreboard-check", ANSWER_WITHIN_S) as connection:
         connection.read_only = True
         version, info = connection.info.server_version, connection.info
         found = f"{info.host}:{info.port}/{info.dbname}: version {version // 10_000}.{version % 10_000}"
@@ -310,6 +311,7 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
             yield Finding(State.FAIL, "PostgreSQL", found, "expected 14 or newer")
         else:
             yield Finding(State.OK, "PostgreSQL", found)
+        yield from _judge_access(connection.execute(_ACCESS).fetchone())
         try:
             check_encoding(connection)
         except WrongEncoding as error:
@@ -324,6 +326,16 @@ def _look_at_database(settings: Settings) -> Iterator[Finding]:
         if unsorted := [table for (table,) in connection.execute(_UNSORTED)]:
             advice = f"slower only; {MIGRATE}: it says what stands in the way"
             yield Finding(State.WARN, "PostgreSQL", f"{', '.join(unsorted)}: keys in the database's own order", advice)
+
+
+def _judge_access(access: tuple[Any, ...] | None) -> Iterator[Finding]:
+    in_recovery, read_only = access or (False, "off")
+    if in_recovery:
+        advice = "servers can read it, sync has to write: name all hosts, and target_session_attrs=read-write"
+        yield Finding(State.FAIL, "PostgreSQL", "it is a read-only standby", advice)
+    elif read_only == "on":
+        advice = "sync has to write: is it meant to be so, and for this user?"
+        yield Finding(State.FAIL, "PostgreSQL", "default_transaction_read_only is on", advice)
 
 
 def _judge_extension(extension: tuple[Any, ...] | None) -> Finding:

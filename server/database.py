@@ -14,10 +14,11 @@ from typing import Final, cast
 import psycopg
 import psycopg_pool
 from psycopg import errors
-from psycopg.rows import TupleRow
 
+from server import postgres
 from server.errors import NotReady
 from server.events import PERSISTER_GROUP
+from server.postgres import AsyncConnection, Unanswered
 
 TOP_LIMIT: Final = 1000
 """Players in the longest list anyone may ask for."""
@@ -27,6 +28,8 @@ MAX_AGE_S: Final = 1.0
 
 QUERY_TIMEOUT_S: Final = 1.0
 """Longest a reading may take, unless said otherwise."""
+
+CONNECT_WITHIN_S: Final = 2
 
 STEP_TIMEOUT_S: Final = 30.0
 """For one step of reading everything."""
@@ -68,22 +71,26 @@ class Database:
     def __init__(self, url: str, query_timeout_s: float = QUERY_TIMEOUT_S) -> None:
         self._url = url
         self._query_timeout_s = query_timeout_s
-        self._pool: psycopg_pool.AsyncConnectionPool[psycopg.AsyncConnection[TupleRow]] | None = None
+        self._pool: psycopg_pool.AsyncConnectionPool[AsyncConnection] | None = None
         self._tops: dict[str, tuple[float, list[Entry]]] = {}
         self._readings: dict[str, asyncio.Task[list[Entry]]] = {}
 
     async def open(self) -> None:
         """Make the pool; it connects when first asked for something."""
         self._pool = psycopg_pool.AsyncConnectionPool(
-            self._url,
+            connection_class=AsyncConnection,
             min_size=0,
             max_size=2,
             open=False,
             timeout=self._query_timeout_s,
             reconnect_timeout=5,
-            kwargs={"autocommit": True, "connect_timeout": 2, "application_name": "scoreboard-server"},
+            configure=self._configure,
+            kwargs=postgres.parameters(self._url, "scoreboard-server", CONNECT_WITHIN_S) | {"autocommit": True},
         )
         await self._pool.open()
+
+    async def _configure(self, connection: AsyncConnection) -> None:
+        connection.answer_within_s = self._query_timeout_s
 
     async def close(self) -> None:
         """Close the pool."""
@@ -102,7 +109,7 @@ class Database:
             if reading is None:
                 reading = self._readings[board] = asyncio.create_task(self._read_top(board))
                 reading.add_done_callback(lambda done: self._over(board, done))
-            # Outside of the query, for one that is cancelled waits for seconds for a server that does not answer.
+            # From connecting on; the query is not cancelled with it, for that may take seconds.
             async with asyncio.timeout(self._query_timeout_s):
                 entries = await asyncio.shield(reading)
         return entries[:limit]
@@ -114,9 +121,13 @@ class Database:
 
     async def _read_top(self, board: str) -> list[Entry]:
         assert self._pool is not None
-        async with asyncio.timeout(self._query_timeout_s), self._pool.connection() as connection:
-            cursor = await connection.execute(_TOP, (board, TOP_LIMIT))
-            entries = [(player, score) for player, score in await cursor.fetchall()]
+        try:
+            async with self._pool.connection() as connection:
+                cursor = await connection.execute(_TOP, (board, TOP_LIMIT))
+                entries = [(player, score) for player, score in await cursor.fetchall()]
+        except Unanswered:
+            await self._pool.drain()  # what silenced one connection silenced the other
+            raise
         self._tops[board] = (time.monotonic(), entries)
         return entries
 
@@ -127,12 +138,14 @@ class Database:
         Raises NotReady, from within the block too, when it fails or does not answer in time.
         """
         try:
-            connection = await psycopg.AsyncConnection.connect(
-                self._url, connect_timeout=2, application_name="scoreboard-rebuild"
-            )
+            known = postgres.parameters(self._url, "scoreboard-rebuild", CONNECT_WITHIN_S)
+            connection = await AsyncConnection.connect(**known)
             async with connection:
+                connection.answer_within_s = STEP_TIMEOUT_S
                 await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
                 yield Snapshot(connection)
+        except Unanswered as error:
+            raise NotReady("the database does not answer in time") from error
         except errors.UndefinedTable as error:
             raise NotReady("the database has no tables yet: `scoreboard migrate` and `sync` make them") from error
         except errors.UndefinedColumn as error:
@@ -144,40 +157,24 @@ class Database:
 class Snapshot:
     """One transaction that sees one moment."""
 
-    def __init__(self, connection: psycopg.AsyncConnection[TupleRow]) -> None:
+    def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
 
     async def offsets(self, topic: str) -> dict[int, tuple[str, int, dict[str, int]]]:
         """By partition, the topic's id, the offset that the persister goes on at, and the epochs of the last fences."""
-        async with _within(STEP_TIMEOUT_S):
-            cursor = await self._connection.execute(_OFFSETS, (PERSISTER_GROUP, topic))
-            return {
-                partition: (topic_id, offset, epochs) for partition, topic_id, offset, epochs in await cursor.fetchall()
-            }
+        cursor = await self._connection.execute(_OFFSETS, (PERSISTER_GROUP, topic))
+        return {
+            partition: (topic_id, offset, epochs) for partition, topic_id, offset, epochs in await cursor.fetchall()
+        }
 
     async def boards(self) -> list[str]:
         """Every board that has a score."""
-        async with _within(STEP_TIMEOUT_S):
-            cursor = await self._connection.execute(_BOARDS)
-            return [board for (board,) in await cursor.fetchall()]
+        cursor = await self._connection.execute(_BOARDS)
+        return [board for (board,) in await cursor.fetchall()]
 
     async def scores(self, boards: list[str] | None = None) -> AsyncGenerator[list[ScoreRow], None]:
         """Every score, or those of some boards, CHUNK_ROWS at a time."""
         async with self._connection.cursor(name="scores") as cursor:
-            async with _within(STEP_TIMEOUT_S):
-                await (cursor.execute(_SCORES) if boards is None else cursor.execute(_SCORES_OF, (boards,)))
-            while True:
-                async with _within(STEP_TIMEOUT_S):
-                    rows = cast(list[ScoreRow], await cursor.fetchmany(CHUNK_ROWS))
-                if not rows:
-                    return
+            await (cursor.execute(_SCORES) if boards is None else cursor.execute(_SCORES_OF, (boards,)))
+            while rows := cast(list[ScoreRow], await cursor.fetchmany(CHUNK_ROWS)):
                 yield rows
-
-
-@asynccontextmanager
-async def _within(seconds: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise NotReady("the database does not answer in time") from error

@@ -18,6 +18,7 @@ from typing import Final, TextIO
 import psycopg
 import redis
 from confluent_kafka import KafkaException
+from psycopg import errors
 
 from server import logs
 from server.config import Settings, load
@@ -31,7 +32,7 @@ from sync.persister import Persister
 from sync.reconcile import Reconciliation
 from sync.redis_time import RedisTime
 from sync.relay import Relays
-from sync.waiting import Outage, Stop
+from sync.waiting import Outage, Stop, Stopped
 
 USAGE: Final = "usage: sync [relay | persister]"
 _log = logging.getLogger("sync")
@@ -217,7 +218,7 @@ def _persister(settings: Settings, stop: Stop) -> None:
         redis_time = RedisTime(settings, persister.clock)
         Metrics(PersisterMetrics(persister, redis_time)).serve(settings.metrics_host, port, "PERSISTER_METRICS_PORT")
     ready = _when_there(persister.kafka_outage, lambda: topics.ensure_topics(settings), stop) and _when_there(
-        persister.database_outage, lambda: store.migrate(settings.database_url, settings.history_days), stop
+        persister.database_outage, lambda: store.migrate(settings.database_url, settings.history_days, stop.heed), stop
     )
     if ready:
         persister.run()
@@ -228,8 +229,10 @@ def _when_there(outage: Outage, prepare: Callable[[], None], stop: Stop) -> bool
     while not stop.requested:
         try:
             prepare()
-        except (KafkaException, psycopg.OperationalError) as error:
+        except (KafkaException, psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
             stop.wait(outage.failed(error))
+        except Stopped:
+            return False
         else:
             outage.over()
             return True

@@ -11,13 +11,15 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Final
 
 import psycopg
 from confluent_kafka import KafkaError, TopicPartition
 
+from server import postgres
 from server.config import Settings
 from server.events import PERSISTER_GROUP
+from server.postgres import Connection
 from sync.kafka import new_consumer
 from sync.topics import Topic, look_up
 
@@ -65,7 +67,7 @@ class Progress:
 
     def _watch(self) -> None:
         with contextlib.ExitStack() as stack:
-            connection: psycopg.Connection[Any] | None = None
+            connection: Connection | None = None
             while not self._closed:
                 self._wanted.wait()
                 self._wanted.clear()
@@ -78,11 +80,12 @@ class Progress:
                     stack.close()
                 time.sleep(LOOK_EVERY_S)
 
-    def _connect(self) -> psycopg.Connection[Any]:
-        url, within_s = self._settings.database_url, int(ANSWER_WITHIN_S)
-        return psycopg.connect(url, autocommit=True, connect_timeout=within_s, prepare_threshold=None)
+    def _connect(self) -> Connection:
+        connection = postgres.connect(self._settings.database_url, "scoreboard-relay", ANSWER_WITHIN_S)
+        connection.autocommit = True
+        return connection
 
-    def _offsets(self, connection: psycopg.Connection[Any]) -> list[tuple[int, int]]:
+    def _offsets(self, connection: Connection) -> list[tuple[int, int]]:
         asked = (PERSISTER_GROUP, self._settings.kafka_topic, self._topic.topic_id)
         return connection.execute(_OFFSETS, asked).fetchall()
 

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 
 import psycopg
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from psycopg import errors
 
 from server.config import Settings
 from server.events import PERSISTER_GROUP, BadEvent, ScoreEvent, decode_event, memory_of_headers
@@ -26,15 +27,18 @@ from sync.chain import Chain
 from sync.dead_letters import DeadLetters
 from sync.kafka import new_consumer
 from sync.placement import check_topic, first_offset
-from sync.store import Persisted, Store
+from sync.store import CommitsLost, Persisted, Store, StoredOffset
 from sync.topics import Topic, look_up
-from sync.waiting import Outage, Stop
+from sync.waiting import Outage, Stop, Stopped
 
 BATCH_EVENTS: Final = 5000
 GATHER_S: Final = 0.2
 """How long a batch may gather before it is written."""
 
 CONFIRM_WITHIN_S: Final = 5.0
+POLL_AFTER_S: Final = 1.0
+"""A statement that takes longer is waited for as an outage is: Kafka is polled."""
+
 FIRST_TIDY_S: Final = 60.0
 """After a start: there may be much to catch up with first."""
 
@@ -51,10 +55,6 @@ WRITE_BOUNDS_S: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0
 
 _log = logging.getLogger("sync.persister")
 _T = TypeVar("_T")
-
-
-class Stopped(Exception):
-    """We were asked to stop in the middle of an outage."""
 
 
 class Persister:
@@ -78,7 +78,7 @@ class Persister:
         self.kafka_outage = Outage("Kafka", _log, is_refusal)
         self._settings = settings
         self._stop = stop
-        self._store = Store(settings.database_url)
+        self._store = Store(settings.database_url, meanwhile=self._while_the_database_works)
         self._dead_letters = DeadLetters(settings)
         self._consumer = new_consumer(settings, PERSISTER_GROUP, self._on_error)
         self._topic = Topic("", 0)
@@ -87,6 +87,7 @@ class Persister:
         self._ends: dict[int, int] = {}
         self._unplaced: list[TopicPartition] | None = None
         self._early: list[Message] = []
+        self._paused = False
         self._tidy_at_s = time.monotonic() + FIRST_TIDY_S
 
     @property
@@ -110,9 +111,15 @@ class Persister:
         )
         try:
             while not self._stop.requested:
-                self._step()
+                try:
+                    self._step()
+                except CommitsLost as error:
+                    _log.warning("%s: reading them again", error)
+                    self._unplaced = self._unplaced or self._consumer.assignment()
+                    self.behind_since_ms, self.in_hand_since_ms = self.in_hand_since_ms or self.clock.now_ms(), None
+                    self._resume()
         except Stopped:
-            _log.info("stopped while a service was away; what is not stored stays in Kafka")
+            _log.info("stopped while a service was waited for; what is not stored stays in Kafka")
         finally:
             self._consumer.close()
             self._store.close()
@@ -171,6 +178,7 @@ class Persister:
             more = self._store.drop_history(self._settings.history_days, DELETE_AT_ONCE)
         except psycopg.Error as error:
             _log.warning("old events stay for another hour: %s", str(error).strip())
+        self._resume()
         self._tidy_at_s = time.monotonic() + (0 if more else TIDY_EVERY_S)
 
     def _place(self, partitions: list[TopicPartition]) -> None:
@@ -179,6 +187,7 @@ class Persister:
         placed = self._through_outages(lambda: self._placed(partitions))
         if self._unplaced is None:  # else another assignment came while we were waiting
             self._consumer.assign(placed)
+            self._early = []  # what is not stored is read again, and in its place
             self._next_offsets = {it.partition: it.offset for it in placed}
             self.chain.forget()
             self._consumer.resume(placed)  # a partition stays paused when it goes and comes back
@@ -199,7 +208,8 @@ class Persister:
             offset = first_offset(name, partition.partition, stored.get(partition.partition), low, high)
             self._ends[partition.partition] = high
             placed.append(TopicPartition(name, partition.partition, offset))
-        self._fences.begin({partition: offset.epochs for partition, offset in stored.items()})
+        unknown = StoredOffset("", 0)
+        self._fences.begin({it.partition: stored.get(it.partition, unknown).epochs for it in partitions})
         return placed
 
     def _settle(self, records: list[Any]) -> None:
@@ -296,26 +306,42 @@ class Persister:
 
     def _through_outages(self, work: Callable[[], _T]) -> _T:
         """What `work` returns once it succeeds; until then the group is polled, so that it keeps us."""
-        paused = False
+        counted = False
         while True:
             try:
                 result = work()
-            except psycopg.OperationalError as error:
+            except (psycopg.OperationalError, errors.ReadOnlySqlTransaction) as error:
                 delay_s = self.database_outage.failed(error)
             except KafkaException as error:
                 delay_s = self.kafka_outage.failed(error)
             else:
                 break
-            if not paused:
-                paused = True
+            if not counted:
+                counted = True
                 self.outages += 1
-                self._consumer.pause(self._consumer.assignment())
+            self._pause()
             self._poll_for(delay_s)
         self.database_outage.over()
         self.kafka_outage.over()
-        if paused:
-            self._consumer.resume(self._consumer.assignment())
+        self._resume()
         return result
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._consumer.pause(self._consumer.assignment())
+
+    def _resume(self) -> None:
+        if self._paused:
+            self._paused = False
+            self._consumer.resume(self._consumer.assignment())
+
+    def _while_the_database_works(self, waited_s: float) -> None:
+        self._stop.heed()
+        if waited_s >= POLL_AFTER_S:
+            self._pause()
+            self._early += self._consumer.consume(BATCH_EVENTS, 0)
+            self._measure_lag()
 
     def _poll_for(self, duration_s: float) -> None:
         deadline = time.monotonic() + duration_s

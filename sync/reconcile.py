@@ -103,7 +103,7 @@ class Reconciliation:
         self._stop = stop
         self._say = say
         self._shards: dict[str, _Shard] = {}
-        self._store = Store(settings.database_url)
+        self._store = Store(settings.database_url, "scoreboard-reconcile", self._heed)
         self._pipeline = _Pipeline(settings, self._store)
 
     def run(self, *, repair: bool) -> Outcome:
@@ -130,6 +130,10 @@ class Reconciliation:
         self._disconnect()
         self._store.close()
         self._pipeline.close()
+
+    def _heed(self, _waited_s: float = 0.0) -> None:
+        if self._stop.requested:
+            raise NotComparable("stopped midway")
 
     def _connect(self) -> None:
         """Find the boards, anew each time: in a cluster they may have moved."""
@@ -165,8 +169,7 @@ class Reconciliation:
 
     def _unequal(self, board: BoardKeys, rows: dict[str, StoredScore | None]) -> list[Difference]:
         # The table was read before Redis. So a row that is later than Redis is no event that came in between.
-        if self._stop.requested:
-            raise NotComparable("stopped midway")
+        self._heed()
         players = list(rows)
         version, _, scores, members = self._read(board, players)
         self._compared += len(players)

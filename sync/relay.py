@@ -312,10 +312,10 @@ class _Turn:
 
     def _wait_for_persister(self, entry: Entry, stop: Stop) -> bool:
         """Wait until the database is near enough; False if the turn ended before it was."""
-        assert self._progress, "called where the relay is paced"
+        assert self._progress is not None  # called where the relay is paced
         while self._ahead_bytes >= self._ahead_limit or not self._progress.covers_what_was_there():
             if not self._owed:
-                self._relay.oldest_entry = entry.entry_id
+                self._relay.note_oldest(entry.entry_id)
             self._producer.poll(PACED_S)
             self._tend()
             if stop.requested or not self._goes_on:

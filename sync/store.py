@@ -8,24 +8,27 @@ from __future__ import annotations
 
 import json
 import logging
-import random
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import psycopg
-from psycopg import errors, sql
+from psycopg import sql
 
+from server import postgres
 from server.errors import ScoreboardError
 from server.events import PERSISTER_GROUP, ScoreEvent
 from server.fences import Epochs
+from server.postgres import Connection
+from sync.session import Session, nothing
 
-RETRY_DELAYS_S: Final = (0.0, 0.02, 0.1, 0.3)
-"""Before each further try at a statement that lost a race, or whose connection was lost."""
+IDLE_MS: Final = 60_000
+"""After which the database ends a migration that it hears nothing of: others wait for its locks."""
 
-STATEMENT_TIMEOUT_MS: Final = 60_000
+TIDY_WITHIN_S: Final = 60.0
+"""What dropping old events may take: it waits for whoever reads them."""
+
 _BAD_DATA: Final = ("22", "23", "44", "54")
 """Classes of SQLSTATE that say "never this row", not "not now"; 54 are limits, as of what an index holds of a row."""
 
@@ -61,13 +64,18 @@ _CORRECT: Final = """
 """
 _HAS_CHUNKS: Final = "SELECT 1 FROM pg_extension WHERE extname = 'timescaledb'"
 _DROP_CHUNKS: Final = "SELECT drop_chunks('score_events', older_than => make_interval(days => %s))"
+_BACKEND: Final = "SELECT pg_backend_pid()"
+_BEGIN: Final = """
+    SELECT set_config('scoreboard.history_days', %(history_days)s, true),
+           set_config('idle_in_transaction_session_timeout', %(idle_ms)s, true)
+"""
+_IS_ACTIVE: Final = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND state = 'active'"
 _DELETE_OLD: Final = """
     DELETE FROM score_events WHERE ctid = ANY (ARRAY(
         SELECT ctid FROM score_events WHERE at < now() - make_interval(days => %s) LIMIT %s
     ))
 """
 _log = logging.getLogger("sync.store")
-_T = TypeVar("_T")
 
 
 class StoredOffset(NamedTuple):
@@ -86,6 +94,10 @@ class StoredScore(NamedTuple):
     version: tuple[int, int]
 
 
+class CommitsLost(ScoreboardError):
+    """The database has forgotten what it confirmed: another host took over, or an old copy was restored."""
+
+
 class Persisted(NamedTuple):
     """What a batch changed: rows of history, current scores, offsets. All 0 for a batch seen before."""
 
@@ -98,20 +110,39 @@ class WrongEncoding(ScoreboardError):
     """A database that cannot hold every player's name: waiting does not mend it."""
 
 
-def migrate(database_url: str, history_days: int = 0) -> None:
+def migrate(database_url: str, history_days: int = 0, meanwhile: Callable[[float], None] = nothing) -> None:
     """Bring the schema up to date; harmless when it is, and when others do the same.
 
     `history_days` is how long a TimescaleDB that does it by itself keeps events; 0 is for ever.
-    Raises psycopg.Error, and WrongEncoding for a database that does not hold every name.
+    Takes as long as the database works on it, for a long history may be written anew; `meanwhile` as in a Session.
+    Raises psycopg.Error, WrongEncoding for a database that does not hold every name, and what `meanwhile` raises.
     """
-    with psycopg.connect(database_url, connect_timeout=5) as connection:
+
+    def apply(connection: Connection) -> None:
         check_encoding(connection)
         connection.add_notice_handler(_warn)
-        connection.execute(
-            "SET LOCAL statement_timeout = 0"
-        )  # indexes that are built anew may take longer than others wait
-        connection.execute("SELECT set_config('scoreboard.history_days', %s, false)", (str(history_days),))
-        connection.execute(sql.SQL(_SCHEMA))
+        with connection.transaction():
+            (backend,) = connection.execute(_BACKEND).fetchone() or (None,)
+            connection.is_at_work = lambda: _is_active(database_url, backend)
+            # Indexes that are built anew may take longer than others wait.
+            connection.execute("SET LOCAL statement_timeout = 0")
+            connection.execute(_BEGIN, {"history_days": str(history_days), "idle_ms": str(IDLE_MS)})
+            connection.execute(sql.SQL(_SCHEMA))
+
+    session = Session(database_url, "scoreboard-migrate", meanwhile)
+    try:
+        session.run(apply)
+    finally:
+        session.close()
+
+
+def _is_active(database_url: str, backend: int | None) -> bool:
+    """Whether the database works for this backend: asked over another connection, for its own may have gone silent."""
+    try:
+        with postgres.connect(database_url, "scoreboard-migrate") as another:
+            return another.execute(_IS_ACTIVE, (backend,)).fetchone() is not None
+    except psycopg.Error:
+        return False
 
 
 def check_encoding(connection: psycopg.Connection[Any]) -> None:
@@ -133,11 +164,14 @@ def _warn(notice: psycopg.errors.Diagnostic) -> None:
 
 
 class Store:
-    """One connection that writes, made when it is needed and again when it was lost."""
+    """What is written and read, over one connection; see Session for `meanwhile`."""
 
-    def __init__(self, database_url: str) -> None:
-        self._database_url = database_url
-        self._connection: psycopg.Connection[Any] | None = None
+    def __init__(
+        self, database_url: str, role: str = "scoreboard persister", meanwhile: Callable[[float], None] = nothing
+    ) -> None:
+        self._session = Session(database_url, role, meanwhile, self._examine)
+        self._confirmed: dict[tuple[str, str], dict[int, int]] = {}
+        """By topic and its id: the next offset of each partition, as the database last confirmed it."""
 
     def persist(
         self,
@@ -150,7 +184,8 @@ class Store:
         """Write the events and move the offsets, with the epochs of the last fences before them, all or nothing.
 
         Raises psycopg.DataError or IntegrityError when the database refuses what it was given, OperationalError when it
-        is away, and another psycopg.Error when it does not let us; nothing was written then.
+        is away, and another psycopg.Error when it does not let us; nothing was written then. Raises CommitsLost, once,
+        when the database no longer has what it confirmed before: then `offsets` says where to go on.
         """
         parameters = _columns(events) | {
             "consumer_group": PERSISTER_GROUP,
@@ -162,7 +197,7 @@ class Store:
             "tag_epochs": [_tagged(epochs.get(partition, {})) for partition in next_offsets],
         }
 
-        def write(connection: psycopg.Connection[Any]) -> Any:
+        def write(connection: Connection) -> Any:
             try:
                 return connection.execute(_PERSIST, parameters).fetchone()
             except psycopg.Error as error:
@@ -170,26 +205,48 @@ class Store:
                     raise psycopg.DataError(str(error)) from error
                 raise
 
-        row = self._retrying(write)
+        row = self._session.run(write)
         assert row is not None  # the statement returns one row
+        self._confirm(topic, topic_id, next_offsets)
         return Persisted(*row)
 
     def offsets(self, topic: str) -> dict[int, StoredOffset]:
         """Where to go on, by partition; a partition nothing was stored of is missing."""
-        rows = self._retrying(lambda connection: connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall())
-        return {partition: StoredOffset(*offset) for partition, *offset in rows}
+        self._confirmed = {}  # from here on counts what the database says now
+        rows = self._session.run(lambda connection: connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall())
+        found = {partition: StoredOffset(*offset) for partition, *offset in rows}
+        for partition, offset in found.items():
+            self._confirm(topic, offset.topic_id, {partition: offset.next_offset})
+        return found
+
+    def _confirm(self, topic: str, topic_id: str, next_offsets: Mapping[int, int]) -> None:
+        confirmed = self._confirmed.setdefault((topic, topic_id), {})
+        for partition, offset in next_offsets.items():
+            confirmed[partition] = max(offset, confirmed.get(partition, 0))
+
+    def _examine(self, connection: Connection) -> None:
+        # An offset never goes back by itself. So one that did tells that events behind it are missing, too.
+        for (topic, topic_id), offsets in self._confirmed.items():
+            rows = connection.execute(_OFFSETS, (PERSISTER_GROUP, topic)).fetchall()
+            stored = {partition: offset for partition, its_id, offset, _ in rows if its_id == topic_id}
+            behind = sum(max(0, offset - stored.get(partition, 0)) for partition, offset in offsets.items())
+            if behind:
+                self._confirmed = {}
+                raise CommitsLost(f"the database has lost up to {behind} events of {topic} that it had stored")
 
     def forget_offsets(self, topic: str, but_of: str) -> None:
         """Delete the offsets of topics that had this name, except of the one with the id `but_of`."""
+        self._confirmed = {}
         query = "DELETE FROM consumer_offsets WHERE consumer_group = %s AND topic = %s AND topic_id <> %s"
-        self._retrying(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
+        self._session.run(lambda connection: connection.execute(query, (PERSISTER_GROUP, topic, but_of)))
 
     def drop_history(self, days: int, most: int) -> bool:
         """Delete events older than that, `most` at once where each is deleted by itself; says if more are left."""
-        if self._retrying(lambda connection: connection.execute(_HAS_CHUNKS).fetchone()):
-            self._retrying(lambda connection: connection.execute(_DROP_CHUNKS, (days,)))
+        run = self._session.run
+        if run(lambda connection: connection.execute(_HAS_CHUNKS).fetchone()):
+            run(lambda connection: connection.execute(_DROP_CHUNKS, (days,)), TIDY_WITHIN_S)
             return False
-        return self._retrying(lambda connection: connection.execute(_DELETE_OLD, (days, most)).rowcount) == most
+        return run(lambda connection: connection.execute(_DELETE_OLD, (days, most)).rowcount, TIDY_WITHIN_S) == most
 
     def scores_after(self, board: str, player: str, limit: int) -> list[tuple[str, StoredScore]]:
         """The next `limit` players of a board behind `player`, in the index's order; "" is before the first."""
@@ -201,7 +258,7 @@ class Store:
 
     def without_score(self, board: str, players: Sequence[str]) -> list[str]:
         """Those of these players that have no row."""
-        rows = self._retrying(
+        rows = self._session.run(
             lambda connection: connection.execute(_WITHOUT_SCORE, (_text_array(players), board)).fetchall()
         )
         return [player for (player,) in rows]
@@ -215,40 +272,15 @@ class Store:
             "ms": _number_array([ms for _, _, (ms, _) in scores]),
             "seq": _number_array([seq for _, _, (_, seq) in scores]),
         }
-        return self._retrying(lambda connection: connection.execute(_CORRECT, parameters).rowcount) if scores else 0
+        return self._session.run(lambda connection: connection.execute(_CORRECT, parameters).rowcount) if scores else 0
 
     def _scores(self, query: str, parameters: tuple[Any, ...]) -> list[tuple[str, StoredScore]]:
-        rows = self._retrying(lambda connection: connection.execute(query, parameters).fetchall())
+        rows = self._session.run(lambda connection: connection.execute(query, parameters).fetchall())
         return [(player, StoredScore(score, (ms, seq))) for player, score, ms, seq in rows]
 
     def close(self) -> None:
         """Give up the connection."""
-        if self._connection:
-            self._connection.close()
-        self._connection = None
-
-    def _retrying(self, work: Callable[[psycopg.Connection[Any]], _T]) -> _T:
-        for delay_s in RETRY_DELAYS_S:
-            try:
-                return work(self._connected())
-            except (errors.SerializationFailure, errors.DeadlockDetected):
-                time.sleep(delay_s * random.random())  # noqa: S311 (jitter, not a secret)
-            except psycopg.OperationalError:
-                self.close()
-                time.sleep(delay_s)
-        return work(self._connected())
-
-    def _connected(self) -> psycopg.Connection[Any]:
-        if self._connection is None or self._connection.closed:
-            self._connection = psycopg.connect(
-                self._database_url,
-                autocommit=True,
-                prepare_threshold=1,
-                connect_timeout=5,
-                application_name="scoreboard persister",
-                options=f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
-            )
-        return self._connection
+        self._session.close()
 
 
 def _tagged(epochs: Epochs) -> str:

@@ -13,7 +13,14 @@ from typing import Final
 
 FIRST_DELAY_S: Final = 0.1
 LONGEST_DELAY_S: Final = 3.0
+GRACE_S: Final = 0.7
+"""What an answer that is waited for still gets after the request to stop: it mostly comes."""
+
 _LOOK_EVERY_S: Final = 0.05
+
+
+class Stopped(Exception):
+    """We were asked to stop while a service was waited for."""
 
 
 class Stop:
@@ -21,10 +28,18 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = False
+        self._requested_s = 0.0
 
     def request(self, *_: object) -> None:
         """Ask; takes and ignores what a signal handler is given."""
-        self.requested = True
+        if not self.requested:
+            self._requested_s = time.monotonic()
+            self.requested = True
+
+    def heed(self, _waited_s: float = 0.0) -> None:
+        """Raise Stopped if the request is older than GRACE_S; called by what waits for an answer."""
+        if self.requested and time.monotonic() - self._requested_s >= GRACE_S:
+            raise Stopped
 
     def wait(self, duration_s: float) -> bool:
         """Sleep that long, or until the request comes; says whether it came."""

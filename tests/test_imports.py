@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"errors", "events", "fences", "keys", "config", "database", "kafka_clients", "slots", "instruments", "logs",
+GROUND = {
+    "errors", "events", "fences", "keys", "config", "postgres", "database", "kafka_clients", "slots", "instruments",
+    "logs",
     "machine", "redis_clock", "parsers", "contradictions", "signing_keys", "listening", "restarts", "signals",
 }  # fmt: skip
 CORE = {
@@ -38,6 +41,7 @@ NEVER = {
     "child_wrapper": {"server", "sync"},
     "restarts": {"server", "sync"},
     "signals": {"server", "sync"},
+    "postgres": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},
     "parsers": {"server", "sync", "os", "pathlib", "socket", "time"},
@@ -97,3 +101,12 @@ def test_pure_modules_stay_pure(name: str) -> None:
 def test_only_one_module_touches_uwebsockets() -> None:
     touching = [path.stem for path in modules("server") + modules("sync") if "socketify" in str(imported(path))]
     assert touching == ["uws"]
+
+
+def test_parameters_of_database_connections_are_made_in_one_place() -> None:
+    others = [
+        path.stem
+        for path in modules("server") + modules("sync")
+        if re.search(r"psycopg\.(\w+\.)?connect\(", path.read_text())
+    ]
+    assert others == []

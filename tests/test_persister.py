@@ -17,7 +17,7 @@ from confluent_kafka.admin import AdminClient
 from server.config import Settings
 from server.errors import TopicChanged
 from server.events import PERSISTER_GROUP
-from sync import persister
+from sync import persister, waiting
 from sync.persister import Persister
 from sync.placement import LogGap, check_topic, first_offset
 from sync.store import Store, StoredOffset
@@ -167,7 +167,10 @@ def test_persister_killed_midway_is_followed_by_one_that_stores_the_rest(
 
 @pytest.mark.kafka
 @pytest.mark.postgres
-def test_partitions_that_change_hands_lose_nothing(settings: Settings, database: psycopg.Connection[Any]) -> None:
+def test_partitions_that_change_hands_lose_nothing(
+    settings: Settings, database: psycopg.Connection[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "GRACE_S", 20.0)  # what is stored after the request to stop is counted, too
     events = [event(f"player{i % 50}", 1000 + i, score=i) for i in range(9000)]
     with running(Persister, settings) as second:
         with running(Persister, settings) as first:

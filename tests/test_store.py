@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from server.embedded import PostgresServer
 from server.events import MAX_SCORE, ScoreEvent
-from sync.store import Persisted, Store, StoredOffset, WrongEncoding, migrate
+from sync.store import CommitsLost, Persisted, Store, StoredOffset, WrongEncoding, migrate
 from tests.databases import database_of, migrate_as_before
 from tests.sync_parts import event
 
@@ -259,11 +259,27 @@ def test_old_history_goes_and_scores_stay(database: psycopg.Connection[Any], sto
 
 def test_lost_connection_is_made_again(database: psycopg.Connection[Any], store: Store) -> None:
     persist(store, [event("ann", 1000)])
+    end_other_connections(database)
+    assert persist(store, [event("ann", 1001)]).new_events == 1
+
+
+def test_database_that_forgot_what_it_confirmed_is_found_out(database: psycopg.Connection[Any], store: Store) -> None:
+    persist(store, [event("ann", 1000), event("bob", 1000)], {0: 5, 1: 7})
+    database.execute("UPDATE consumer_offsets SET next_offset = 3 WHERE partition = 0")
+    database.execute("DELETE FROM consumer_offsets WHERE partition = 1")
+    end_other_connections(database)
+    with pytest.raises(CommitsLost, match="lost up to 9 events of updates"):
+        persist(store, [event("ann", 1001)], {0: 6})
+    assert store.offsets("updates") == {0: StoredOffset("id-1", 3)}
+    end_other_connections(database)
+    assert persist(store, [event("ann", 1001)], {0: 6}).new_events == 1
+
+
+def end_other_connections(database: psycopg.Connection[Any]) -> None:
     database.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
     )
-    assert persist(store, [event("ann", 1001)]).new_events == 1
 
 
 def test_writers_at_once_neither_deadlock_nor_lose(database_url: str, database: psycopg.Connection[Any]) -> None:
