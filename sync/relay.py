@@ -242,8 +242,8 @@ class _Owed:
         """The same, where it matters at which offset the record is."""
         if error is None:
             partition, offset = message.partition(), message.offset()
-            assert partition is not None, "a delivered record has a partition"
-            assert offset is not None, "a delivered record has an offset"
+            assert partition is not None  # a delivered record has both
+            assert offset is not None
             self.offsets[partition] = max(offset, self.offsets.get(partition, 0))
         self.answered(error, message)
 

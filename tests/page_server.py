@@ -60,6 +60,8 @@ class Visitor:
 class Exchange:
     """What a file needs of server.uws.Request: a browser that sends no headers, and an answer."""
 
+    head_lines = b""
+
     def joined_header(self, _name: bytes) -> bytes:
         """Nothing."""
         return b""

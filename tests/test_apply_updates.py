@@ -14,6 +14,7 @@ from server.batches import IdempotencyKey, Lane, Outcome, Script, Updates, finge
 from server.config import Settings
 from server.events import (
     FINGERPRINT_LENGTH,
+    MAX_BATCH,
     MAX_SCORE,
     MEMORY_FIELD,
     OUTBOX_FIELD,
@@ -128,7 +129,7 @@ class Session:
 
     def memories(self) -> list[str]:
         entries = [fields.get(MEMORY_FIELD) for _, fields in self.client.xrange(self.keys.outbox)]
-        return [memory for payload in entries for memory in memories_of_entry(payload).values()]
+        return [memory for payload in entries for memory in memories_of_entry(payload, MAX_BATCH).values()]
 
     def everything(self) -> dict[bytes, bytes]:
         return {key: self.client.dump(key) for key in self.client.keys("*")}

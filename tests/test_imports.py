@@ -17,7 +17,8 @@ GROUND = {
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
-    "shards", "topology", "answers", "uws_native", "queries", "key_types", "outbox_age",
+    "shards", "topology", "answers", "uws_native", "queries", "key_types", "outbox_age", "budget",
+    "websocket_protocol",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild", "metrics"}
 PROCESSES = {

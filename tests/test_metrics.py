@@ -107,17 +107,18 @@ def scoreboard(
 ) -> Iterator[Scoreboard]:
     """One for all tests, each of which leaves it settled."""
     directory = tmp_path_factory.mktemp("metrics")
+    name = f"metrics_{free_port()}"  # when tests run in parallel, one process may come to this module twice
     redis = RedisServer(directory / "redis")
     with psycopg.connect(postgres_server.url, autocommit=True) as connection:
-        connection.execute("CREATE DATABASE metrics")
+        connection.execute(f"CREATE DATABASE {name}")
     settings = {
         "REDIS_HOST": redis.host,
         "REDIS_PORT": str(redis.port),
         "KAFKA_BROKERS": kafka_broker.brokers,
-        "KAFKA_TOPIC": "score-updates-metrics",
+        "KAFKA_TOPIC": f"score-updates-{name}",
         "KAFKA_PARTITIONS": "3",
         "HISTORY_DAYS": "0",
-        "DATABASE_URL": postgres_server.url_of("metrics"),
+        "DATABASE_URL": postgres_server.url_of(name),
     }
     scoreboard = Scoreboard(directory, settings, redis, kafka_broker)
     started: list[Service] = [redis, scoreboard.sync, scoreboard.server]

@@ -416,7 +416,8 @@ def test_health_readiness_and_metrics_speak_for_the_process(server: ServerProces
     assert ready["ready"]
     assert ready["read"] == {"ok": True, "source": "redis"}
     assert ready["write"] == {"ok": True}
-    wait_until(lambda: get(server, "/readyz").json()["live"] == {"ok": False}, message="there is no Kafka here")
+    nobody = {"ok": False, "detail": "Kafka does not answer"}
+    wait_until(lambda: get(server, "/readyz").json()["live"] == nobody, message="there is no Kafka here")
     text = get(server, "/metrics").body.decode()
     assert re.search(r'^scoreboard_http_requests_total\{route="/update-score",status="200"\} \d+', text, re.MULTILINE)
     assert "scoreboard_write_ready 1.0" in text

@@ -59,6 +59,7 @@ class Proxy:
         """The connection that says this goes silent, both ways and for good; the next ones do not."""
         self.accepted = 0
         self.connections: list[asyncio.StreamWriter] = []
+        self._serving: set[asyncio.Task[None]] = set()
         self._silent: set[int] = set()
         self._held: list[tuple[asyncio.StreamWriter, bytes]] | None = None
         self.requests = b""
@@ -71,8 +72,13 @@ class Proxy:
         if self.refuse:
             writer.close()
             return
+        self.connections.append(writer)
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._serving.add(serving)
+        serving.add_done_callback(self._serving.discard)
         redis_reader, redis_writer = await asyncio.open_connection("127.0.0.1", self.redis_port)
-        self.connections += [writer, redis_writer]
+        self.connections.append(redis_writer)
         self.accepted = number = self.accepted + 1
         await asyncio.gather(self._requests(number, reader, redis_writer), self._replies(number, redis_reader, writer))
 
@@ -115,8 +121,12 @@ class Proxy:
         self.connections.clear()
 
     async def stop(self) -> None:
-        self.cut()
         self.server.close()
+        for serving in self._serving:
+            serving.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        self.cut()
+        await asyncio.sleep(0)  # each transport closes in the next turn of the loop
 
 
 class NoTopic:
