@@ -104,12 +104,16 @@ class KafkaTail:
         wanted = [TopicPartition(self._topic, number, at_ms) for number in self._log.bounds]
         with self._saying():
             found = self._consumer.offsets_for_times(wanted, timeout=ANSWER_WITHIN_S) if wanted else []
+            for it in found:
+                if it.error is not None:  # its end would pass for the answer, and its records for none
+                    raise KafkaException(it.error)
         ends = {number: high for number, (_, high) in self._log.bounds.items()}
         return ends | {it.partition: it.offset for it in found if it.offset >= 0}
 
-    def fence(self, epoch: int, tag: str = "") -> dict[int, int]:
+    def fence(self, epoch: int, at_ms: int, tag: str = "") -> dict[int, int]:
         """Let nothing of a hash tag count that is of an older epoch and not in the log yet.
 
+        `at_ms` is the time of Redis, as that of events is: `first_since` must not pass over a fence among them.
         Returns by partition where the log ends now.
         """
         errors: list[KafkaError] = []
@@ -118,6 +122,7 @@ class KafkaTail:
             producer.produce(
                 self._topic,
                 partition=number,
+                timestamp=at_ms,
                 on_delivery=lambda error, _: errors.append(error) if error else None,
                 headers=[("v", FORMAT_VERSION), (FENCE_HEADER, str(epoch)), *([(TAG_HEADER, tag)] if tag else [])],
             )
