@@ -121,7 +121,7 @@ def test_any_outbox_entry_is_a_batch_or_refused(payload: bytes) -> None:
     with contextlib.suppress(BadEvent):
         events.events_of_entry("1-0", payload)
     with contextlib.suppress(BadEvent):
-        events.memories_of_entry(payload)
+        events.memories_of_entry(payload, events.MAX_BATCH)
 
 
 # ---------------------------------------------------------------------- a real server
