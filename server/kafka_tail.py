@@ -28,6 +28,7 @@ STALLED_S: Final = 20.0
 
 MOST_RECORDS: Final = 2000
 _POLL_S: Final = 0.5
+_FLUSH_S: Final = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +127,9 @@ class KafkaTail:
                 on_delivery=lambda error, _: errors.append(error) if error else None,
                 headers=[("v", FORMAT_VERSION), (FENCE_HEADER, str(epoch)), *([(TAG_HEADER, tag)] if tag else [])],
             )
-        left = producer.flush(ANSWER_WITHIN_S)
+        deadline_s = time.monotonic() + ANSWER_WITHIN_S
+        while (left := producer.flush(_FLUSH_S)) and not self._closed and time.monotonic() < deadline_s:
+            pass  # a mending that was cancelled, as when its lock was lost, sends no fence that still waits for Kafka
         if left or errors:
             producer.purge()
             reason = errors[0].str() if errors else "they were not confirmed in time"

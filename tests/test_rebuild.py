@@ -19,7 +19,7 @@ import redis as redis_client
 from confluent_kafka import TIMESTAMP_CREATE_TIME, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from server import rebuild_lock
+from server import kafka_tail, rebuild_lock
 from server.config import Settings
 from server.database import Database
 from server.embedded import RedisServer, free_port
@@ -548,6 +548,27 @@ class TestFence:
         finally:
             tail._consumer = consumer
             tail.close()
+
+    def test_fence_that_waits_for_kafka_is_given_up_with_the_mending(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kafka_tail, "ANSWER_WITHIN_S", 60.0)
+        tail = KafkaTail(dataclasses.replace(settings, kafka_brokers=f"127.0.0.1:{free_port()}"))
+        tail._log = Log("id", {0: (0, 0)})
+        problems: list[NotReady] = []
+
+        def fence() -> None:
+            try:
+                tail.fence(9, NOW_MS)
+            except NotReady as problem:
+                problems.append(problem)
+
+        fencing = threading.Thread(target=fence)
+        fencing.start()
+        time.sleep(0.2)
+        tail.close()
+        fencing.join(20)
+        assert "does not take fences" in str(problems.pop())
 
     def test_fence_is_dated_by_the_clock_of_redis_as_events_are(
         self, settings: Settings, redis: redis_client.Redis
