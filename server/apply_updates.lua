@@ -36,6 +36,12 @@ if last_number then
     if number < last_number then return cmsgpack.pack({STATE_STALE}) end
 end
 
+-- Nil for what is no score of ours: it must not come into an event or a reply, which would be none then.
+local function score_of(text)
+    local score = text and tonumber(text)
+    if score and score % 1 == 0 and score >= -MAX_SCORE and score <= MAX_SCORE then return score end
+end
+
 -- Read.
 local stored = call('MGET', unpack(score_keys))
 local members = call('ZMSCORE', leaderboard, unpack(players))
@@ -78,7 +84,7 @@ if answer_key then
     for j = 1, n do
         local answer = answers[j]
         -- What is no answer of ours is none.
-        if answer and tonumber(string.sub(answer, FINGERPRINT + 1)) then kept[names[owners[j]]] = answer end
+        if answer and score_of(string.sub(answer, FINGERPRINT + 1)) then kept[names[owners[j]]] = answer end
     end
     -- How many answers a subject has kept: those of this span, and of the last one what has not expired if it
     -- made them evenly.
@@ -91,12 +97,6 @@ if answer_key then
     for i = 1, #counted do
         counts[counted[i]] = {tonumber(current[i]) or 0, (tonumber(previous[i]) or 0) * left}
     end
-end
-
--- Nil for what is no score of ours: it must not come into an event, which would be none then.
-local function score_of(text)
-    local score = text and tonumber(text)
-    if score and score % 1 == 0 and score >= -MAX_SCORE and score <= MAX_SCORE then return score end
 end
 
 -- Decide.
@@ -113,7 +113,7 @@ for i = 1, #players do
         if arrival < now_us then arrival = now_us end
         arrival = arrival + interval_us
         if arrival > now_us + window_us then
-            outcome, value = LIMITED, arrival - now_us - window_us
+            outcome, value = LIMITED, math.ceil(arrival - now_us - window_us)
         else
             arrivals[subject] = arrival
             charged[subject] = arrival

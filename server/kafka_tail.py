@@ -28,6 +28,7 @@ STALLED_S: Final = 20.0
 
 MOST_RECORDS: Final = 2000
 _POLL_S: Final = 0.5
+_FLUSH_S: Final = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -104,12 +105,16 @@ class KafkaTail:
         wanted = [TopicPartition(self._topic, number, at_ms) for number in self._log.bounds]
         with self._saying():
             found = self._consumer.offsets_for_times(wanted, timeout=ANSWER_WITHIN_S) if wanted else []
+            for it in found:
+                if it.error is not None:  # its end would pass for the answer, and its records for none
+                    raise KafkaException(it.error)
         ends = {number: high for number, (_, high) in self._log.bounds.items()}
         return ends | {it.partition: it.offset for it in found if it.offset >= 0}
 
-    def fence(self, epoch: int, tag: str = "") -> dict[int, int]:
+    def fence(self, epoch: int, at_ms: int, tag: str = "") -> dict[int, int]:
         """Let nothing of a hash tag count that is of an older epoch and not in the log yet.
 
+        `at_ms` is the time of Redis, as that of events is: `first_since` must not pass over a fence among them.
         Returns by partition where the log ends now.
         """
         errors: list[KafkaError] = []
@@ -118,10 +123,13 @@ class KafkaTail:
             producer.produce(
                 self._topic,
                 partition=number,
+                timestamp=at_ms,
                 on_delivery=lambda error, _: errors.append(error) if error else None,
                 headers=[("v", FORMAT_VERSION), (FENCE_HEADER, str(epoch)), *([(TAG_HEADER, tag)] if tag else [])],
             )
-        left = producer.flush(ANSWER_WITHIN_S)
+        deadline_s = time.monotonic() + ANSWER_WITHIN_S
+        while (left := producer.flush(_FLUSH_S)) and not self._closed and time.monotonic() < deadline_s:
+            pass  # a mending that was cancelled, as when its lock was lost, sends no fence that still waits for Kafka
         if left or errors:
             producer.purge()
             reason = errors[0].str() if errors else "they were not confirmed in time"

@@ -24,7 +24,7 @@ from server.config import Settings
 from server.database import Database, ScoreRow, Snapshot
 from server.errors import NotReady
 from server.events import MEMORY_FIELD, OUTBOX_FIELD, BadEvent, ScoreEvent, events_of_entry, memories_of_entry
-from server.fences import Fences
+from server.fences import MOST_DIGITS, Fences
 from server.instruments import RedisFigures
 from server.kafka_tail import KafkaTail, Record
 from server.key_types import STREAM, is_wrong_type, wrong_types
@@ -45,9 +45,6 @@ from server.replay import (
 from server.slots import check_mode
 
 LOCK_POLL_S: Final = 0.1
-MOST_EPOCH_DIGITS: Final = 18
-"""What is longer is no epoch of ours: the database keeps them as bigint."""
-
 CHUNK_PLAYERS: Final = 2000
 """Written at once: a few ms of Redis, and half of what a script can unpack."""
 
@@ -189,7 +186,7 @@ class Verifier:
 
 
 def _epoch_of(raw: bytes | None) -> int:
-    return int(raw) if raw and raw.isdigit() and len(raw) <= MOST_EPOCH_DIGITS else 0
+    return int(raw) if raw and raw.isdigit() and len(raw) <= MOST_DIGITS else 0
 
 
 async def _check_process(connection: RedisConnection, *, in_cluster: bool) -> bytes:
@@ -364,7 +361,7 @@ class _Mending:
         """By partition where the log ends, behind a fence of ours."""
         # A fence cannot be taken back, so whoever was paused up to here looks once more whether it is still its turn.
         await self._lock.look()
-        return await asyncio.to_thread(tail.fence, self._epoch, self._keys.tag)
+        return await asyncio.to_thread(tail.fence, self._epoch, self._now_ms, self._keys.tag)
 
     async def _records(
         self, tail: KafkaTail, starts: dict[int, int], ends: dict[int, int], fences: Fences

@@ -383,6 +383,8 @@ class Scores:
 
             self._sha = await connection.execute("SCRIPT", "LOAD", _SCRIPT)
             epoch = await self._verify(connection, on_wait)
+        if connection is not self._connection:  # it ended right after its last reply
+            raise ConnectionError("connection to Redis lost")
         self._go(epoch)
 
     def _go(self, epoch: str) -> None:
@@ -517,6 +519,8 @@ class Scores:
                 self._on_problem(waiter, problem)
             if self._is_overdue(batch.sent_s):
                 self._suspect("Redis did not answer in time")
+            elif lane.waiting.waiters:
+                self._schedule_flush()  # the reply, when it comes late, does not
         waiters, late = lane.waiting.waiters, 0
         while late < len(waiters) and waiters[late].received_s < expired_s:
             late += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -139,7 +140,7 @@ def put_fences(settings: Settings, epoch: int) -> None:
     """Put a fence into every partition of the topic of events, as a server does that verifies Redis."""
     tail = KafkaTail(settings)
     assert tail.describe() is not None
-    tail.fence(epoch)
+    tail.fence(epoch, time.time_ns() // 1_000_000)
     tail.close()
 
 

@@ -262,15 +262,24 @@ def test_score_that_is_none_of_ours_is_damage(session: Session, stored: str) -> 
 
 
 def test_what_is_remembered_in_words_that_are_none_of_ours_is_nothing(session: Session) -> None:
-    session.outcomes([add("ann", 5, "s1", 1, "k1")])
+    session.outcomes([add("ann", 5, "w1", 2, "k1")])
     (limits,) = session.client.keys("ratelimit:*")
     (answer,) = session.client.keys("idempotency:*")
-    session.client.hset(limits, "s1", "x")
-    for kept in ("x", "f" * 16, "f" * 16 + "x"):
+    for kept in ("x", "f" * 16, *("f" * 16 + score for score in ("x", "1.5", "nan", "1e300"))):
+        session.client.hset(limits, "w1", "x")
         session.client.set(answer, kept)
         session.client.set(session.session, kept)
-        ((outcome, _),) = session.outcomes([add("ann", 5, "s1", 1, "k1")])
+        ((outcome, _),) = session.outcomes([add("ann", 5, "w1", 2, "k1")])
         assert outcome == Outcome.APPLIED
+
+
+def test_arrival_that_is_no_whole_number_gives_a_wait_that_is_one(session: Session) -> None:
+    session.outcomes([add("ann", 5, "s1", 1)])
+    (limits,) = session.client.keys("ratelimit:*")
+    seconds, us = session.client.time()
+    session.client.hset(limits, "s1", f"{seconds * 10**6 + us + 2_500_000_000}.5")
+    ((outcome, wait_us),) = session.outcomes([add("ann", 5, "s1", 1)])
+    assert (outcome, wait_us) == (Outcome.LIMITED, pytest.approx(500_000_000, abs=60_000_000))
 
 
 def test_batch_refused_for_lack_of_memory_leaves_nothing_behind(session: Session) -> None:

@@ -79,6 +79,12 @@ class MemoryLog:
 
     def __init__(self) -> None:
         self.records: list[tuple[list[tuple[str, bytes]], ScoreEvent | None]] = []
+        self.times_ms: list[int] = []
+
+    def append(self, header: tuple[str, int], event: ScoreEvent | None, at_ms: int) -> None:
+        name, epoch = header
+        self.records.append(([(name, str(epoch).encode())], event))
+        self.times_ms.append(at_ms)
 
     @property
     def fences(self) -> int:
@@ -105,12 +111,12 @@ class MemoryTail:
 
     def first_since(self, at_ms: int) -> dict[int, int]:
         self._pause.step_of_thread()
-        ages = (number for number, (_, event) in enumerate(self._log.records) if event is None or event.at >= at_ms)
-        return {0: next(ages, len(self._log.records))}
+        found = (number for number, time_ms in enumerate(self._log.times_ms) if time_ms >= at_ms)
+        return {0: next(found, len(self._log.records))}
 
-    def fence(self, epoch: int, tag: str = "") -> dict[int, int]:
+    def fence(self, epoch: int, at_ms: int, tag: str = "") -> dict[int, int]:
         self._pause.step_of_thread()
-        self._log.records.append(([(FENCE_HEADER, str(epoch).encode())], None))
+        self._log.append((FENCE_HEADER, epoch), None, at_ms)
         self._pause.step_of_thread()
         return {0: len(self._log.records)}
 
@@ -176,7 +182,7 @@ class World:
         entries: Any = self.redis.xrange(KEYS.outbox)
         for entry_id, fields in entries:
             for event in events_of_entry(entry_id.decode(), fields[OUTBOX_FIELD]):
-                self.log.records.append(([(EPOCH_HEADER, str(epoch).encode())], event))
+                self.log.append((EPOCH_HEADER, epoch), event, event.at)
         self.redis.xtrim(KEYS.outbox, maxlen=0, approximate=False)
 
     def stored(self) -> dict[str, int]:

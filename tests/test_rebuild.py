@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 import psycopg
 import pytest
 import redis as redis_client
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import TIMESTAMP_CREATE_TIME, KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
 
-from server import rebuild_lock
+from server import kafka_tail, rebuild_lock
 from server.config import Settings
 from server.database import Database
 from server.embedded import RedisServer, free_port
@@ -29,7 +30,7 @@ from server.kafka_tail import KafkaTail
 from server.keys import Keys, tag_of
 from server.rebuild import Verifier
 from server.rebuild_lock import RebuildLocks
-from server.redis_connection import open_connection
+from server.redis_connection import RedisConnection, open_connection
 from server.replay import Log
 from server.scores import Outcome
 from sync import store
@@ -276,7 +277,7 @@ class TestHashTags:
         send(settings, event("bob", 3000, score=3), epoch=6, tag="5")
         tail = KafkaTail(settings)
         tail.describe()
-        tail.fence(9, "2")
+        tail.fence(9, 2000, "2")
         tail.close()
         send(settings, event("cid", 2000, score=4), epoch=8, tag="5")
         send(settings, on("weekly", event("cid", 2000, score=5)), epoch=9, tag="2")
@@ -526,6 +527,72 @@ class TestFence:
             verify(settings, verifier)
         assert verify(settings, verifier) > ahead
 
+    def test_partition_that_cannot_be_searched_by_time_does_not_pass_for_one_without_records(
+        self, settings: Settings
+    ) -> None:
+        class Searching:
+            def offsets_for_times(self, wanted: list[TopicPartition], timeout: float) -> list[Any]:
+                error = KafkaError(KafkaError.LEADER_NOT_AVAILABLE)
+                return [SimpleNamespace(partition=it.partition, offset=-1001, error=error) for it in wanted]
+
+            def poll(self, timeout: float) -> None:
+                pass
+
+        send(settings, event("ann", NOW_MS, score=1))
+        tail = KafkaTail(settings)
+        tail.describe()
+        consumer, tail._consumer = tail._consumer, Searching()
+        try:
+            with pytest.raises(NotReady, match="Leader not available"):
+                tail.first_since(NOW_MS)
+        finally:
+            tail._consumer = consumer
+            tail.close()
+
+    def test_fence_that_waits_for_kafka_is_given_up_with_the_mending(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(kafka_tail, "ANSWER_WITHIN_S", 60.0)
+        tail = KafkaTail(dataclasses.replace(settings, kafka_brokers=f"127.0.0.1:{free_port()}"))
+        tail._log = Log("id", {0: (0, 0)})
+        problems: list[NotReady] = []
+
+        def fence() -> None:
+            try:
+                tail.fence(9, NOW_MS)
+            except NotReady as problem:
+                problems.append(problem)
+
+        fencing = threading.Thread(target=fence)
+        fencing.start()
+        time.sleep(0.2)
+        tail.close()
+        fencing.join(20)
+        assert "does not take fences" in str(problems.pop())
+
+    def test_fence_is_dated_by_the_clock_of_redis_as_events_are(
+        self, settings: Settings, redis: redis_client.Redis
+    ) -> None:
+        class HourBehind:
+            def __init__(self, connection: RedisConnection) -> None:
+                self._connection = connection
+
+            async def execute(self, *command: bytes | str | int) -> Any:
+                reply = await self._connection.execute(*command)
+                return [int(reply[0]) - 3600, reply[1]] if command == ("TIME",) else reply
+
+        async def main() -> None:
+            connection = await open_connection(settings, lambda lost: None)
+            try:
+                await new_verifier(settings).verify(cast(Any, HourBehind(connection)), lambda reason: None)
+            finally:
+                connection.close()
+
+        asyncio.run(main())
+        (fence,) = records_of(settings)
+        epoch = int(cast(bytes, redis.hget(KEYS.ready, "epoch")))
+        assert fence.timestamp() == (TIMESTAMP_CREATE_TIME, epoch)
+
     def test_server_paused_before_its_fence_voids_nothing_that_was_accepted_meanwhile(
         self, tmp_path: Path, settings: Settings, redis: redis_client.Redis, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -543,10 +610,10 @@ class TestFence:
             loop, reached, wake = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
 
             class Late(KafkaTail):
-                def fence(self, epoch: int, tag: str = "") -> dict[int, int]:
+                def fence(self, epoch: int, at_ms: int, tag: str = "") -> dict[int, int]:
                     loop.call_soon_threadsafe(reached.set)
                     asyncio.run_coroutine_threadsafe(wake.wait(), loop).result(30)
-                    return super().fence(epoch, tag)
+                    return super().fence(epoch, at_ms, tag)
 
             ahead_ns.set(10_000_000_000)
             paused = Verifier(settings, KEYS, Database(settings.database_url), lambda: Late(settings))

@@ -24,6 +24,7 @@ from server.events import OUTBOX_FIELD, events_of_entry
 from server.instruments import RedisFigures
 from server.keys import Keys
 from server.rebuild import Verifier
+from server.redis_connection import RedisConnection
 from server.scores import Scores
 from sync import store
 
@@ -468,6 +469,55 @@ def test_batch_that_waited_elsewhere_says_nothing_about_its_connection(play: Cal
         assert bench.proxy.accepted == 1
 
     play(scenario, request_deadline_ms=20_000)
+
+
+def test_update_behind_a_batch_that_was_given_up_does_not_wait_for_another(play: Callable[..., None]) -> None:
+    async def scenario(bench: Bench) -> None:
+        await bench.ready()
+        bench.proxy.hold()
+        request = bench.submit("ann", 5)
+        await bench.until(lambda: b"EVALSHA" in bench.proxy.requests)
+        behind = bench.submit("bob", 1)
+        request.received_s -= 20
+        assert (await request.answer).kind == "outcome-unknown"
+        bench.proxy.release()
+        async with asyncio.timeout(5):
+            assert await behind.answer == (Outcome.APPLIED, 1)
+        assert bench.proxy.accepted == 1
+
+    play(scenario, request_deadline_ms=20_000)
+
+
+def test_connection_that_is_lost_as_it_is_verified_is_not_used(redis_server: RedisServer) -> None:
+    async def main() -> None:
+        lost = 0
+
+        async def verify(connection: RedisConnection, on_wait: Callable[[str], None]) -> str:
+            nonlocal lost
+            if not lost:
+                lost += 1
+                connection.close()
+                await asyncio.sleep(0.01)
+            return "7"
+
+        settings = Settings(redis_port=redis_server.port, rate_limit_per_second=0)
+        taken: list[Any] = []
+        scores = Scores(
+            settings,
+            KEYS,
+            verify,
+            on_outcomes=lambda requests, results: None,
+            on_problem=lambda request, problem: taken.append(problem),
+            on_page=lambda request, page: taken.append(page),
+        )
+        with suppress(ConnectionError):
+            await scores._connect()
+        assert lost
+        assert scores.epoch is None
+        scores.read_page("main", 10, Request())
+        assert taken == [None], "the reader waits for a connection that is gone"
+
+    asyncio.run(main())
 
 
 def test_page_that_waited_elsewhere_says_nothing_about_its_connection(play: Callable[..., None]) -> None:
