@@ -74,7 +74,7 @@ class Persister:
         """What the times of events are compared with."""
         self.behind_since_ms: int | None = self.clock.now_ms()
         """Since when there is something to read that has not come, or it is not known what there is to read."""
-        self.database_outage = Outage("the database", _log)
+        self.database_outage = Outage("the database", _log, lambda it: isinstance(it, errors.ReadOnlySqlTransaction))
         self.kafka_outage = Outage("Kafka", _log, is_refusal)
         self._settings = settings
         self._stop = stop
