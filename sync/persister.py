@@ -189,7 +189,7 @@ class Persister:
     def _place(self, partitions: list[TopicPartition]) -> None:
         """Begin reading where the database says."""
         placed = self._through_outages(lambda: self._placed(partitions))
-        # What is not stored is read again, and in its place, whoever reads it: what came early may lie behind a gap.
+        # What is not stored is read again, by us or by another persister. What came early may come after a gap.
         self._early = []
         if self._unplaced is partitions:  # else they were revoked, or others came, while we were waiting
             self._unplaced = None

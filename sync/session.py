@@ -1,7 +1,7 @@
 """A connection to the database that is never waited for without end.
 
-Its work is done in a thread of its own. To connect, to resolve a name and to wait for an answer may each hang, and
-whoever needs the answer has to poll Kafka meanwhile, and to heed a request to stop. Knows none of our tables.
+Its work is done in a thread of its own. To connect, to resolve a name and to wait for an answer may each hang. The
+thread that needs the answer polls Kafka meanwhile, and heeds a request to stop. Knows none of our tables.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Session:
         except BaseException:
             connection.close()
             raise
-        # A pooler names itself to whoever wants to cancel something, and may hand each statement to another backend.
+        # The id in a pooler's greeting is its own, only good to cancel with. Each statement may go to another backend.
         self._pooled = row != (connection.info.backend_pid,)
         if not self._pooled:
             connection.prepare_threshold = 1
@@ -138,7 +138,7 @@ class Session:
 
 
 class _Errand(Generic[_T]):
-    """What a thread of its own does with the connection; whoever waits for it may give it up."""
+    """What a thread of its own does with the connection; the thread that waits for it may give it up."""
 
     def __init__(
         self,
