@@ -29,7 +29,7 @@ async def main():
     refused(lambda: request.joined_header(b"host"))
     refused(lambda: request.target)
     refused(lambda: request.method)
-    refused(lambda: uws.Socket(None, None).end(CloseCode.GOING_AWAY, b""))
+    refused(lambda: uws.Socket(None, None, None).end(CloseCode.GOING_AWAY, b""))
     refused(lambda: server.websocket("/x", None, max_message_bytes=1, max_backpressure_bytes=1, idle_timeout_s=7))
     refused(lambda: server.waiting.answer_posts([], [], b"200 OK" + b"x" * 5000))
     return 0
