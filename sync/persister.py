@@ -74,7 +74,7 @@ class Persister:
         """What the times of events are compared with."""
         self.behind_since_ms: int | None = self.clock.now_ms()
         """Since when there is something to read that has not come, or it is not known what there is to read."""
-        self.database_outage = Outage("the database", _log)
+        self.database_outage = Outage("the database", _log, lambda it: isinstance(it, errors.ReadOnlySqlTransaction))
         self.kafka_outage = Outage("Kafka", _log, is_refusal)
         self._settings = settings
         self._stop = stop
@@ -115,7 +115,7 @@ class Persister:
                     self._step()
                 except CommitsLost as error:
                     _log.warning("%s: reading them again", error)
-                    self._unplaced = self._unplaced or self._consumer.assignment()
+                    self._place_anew()
                     self.behind_since_ms, self.in_hand_since_ms = self.in_hand_since_ms or self.clock.now_ms(), None
                     self._resume()
         except Stopped:
@@ -181,13 +181,19 @@ class Persister:
         self._resume()
         self._tidy_at_s = time.monotonic() + (0 if more else TIDY_EVERY_S)
 
+    def _place_anew(self) -> None:
+        """Let the next step ask the database where to read on, unless an assignment waits for that already."""
+        if self._unplaced is None:
+            self._unplaced = self._consumer.assignment()
+
     def _place(self, partitions: list[TopicPartition]) -> None:
         """Begin reading where the database says."""
-        self._unplaced = None
         placed = self._through_outages(lambda: self._placed(partitions))
-        if self._unplaced is None:  # else another assignment came while we were waiting
+        # What is not stored is read again, by us or by another persister. What came early may come after a gap.
+        self._early = []
+        if self._unplaced is partitions:  # else they were revoked, or others came, while we were waiting
+            self._unplaced = None
             self._consumer.assign(placed)
-            self._early = []  # what is not stored is read again, and in its place
             self._next_offsets = {it.partition: it.offset for it in placed}
             self.chain.forget()
             self._consumer.resume(placed)  # a partition stays paused when it goes and comes back
@@ -252,7 +258,7 @@ class Persister:
     def _heed(self, error: KafkaError) -> None:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             # The log no longer holds what we were about to read: placing again says precisely why.
-            self._unplaced = self._consumer.assignment()
+            self._place_anew()
         elif error.fatal():
             raise KafkaException(error)
         else:

@@ -242,9 +242,11 @@ class _Owed:
         """The same, where it matters at which offset the record is."""
         if error is None:
             partition, offset = message.partition(), message.offset()
-            assert partition is not None  # a delivered record has both
-            assert offset is not None
-            self.offsets[partition] = max(offset, self.offsets.get(partition, 0))
+            if partition is None or offset is None:
+                # It was sent once more, and Kafka had it already: then nobody says where. Another turn sends it anew.
+                error = KafkaError(KafkaError._FAIL, "it is not known where Kafka has a record")
+            else:
+                self.offsets[partition] = max(offset, self.offsets.get(partition, 0))
         self.answered(error, message)
 
 

@@ -1,7 +1,7 @@
 """A connection to the database that is never waited for without end.
 
-Its work is done in a thread of its own. To connect, to resolve a name and to wait for an answer may each hang, and
-whoever needs the answer has to poll Kafka meanwhile, and to heed a request to stop. Knows none of our tables.
+Its work is done in a thread of its own. To connect, to resolve a name and to wait for an answer may each hang. The
+thread that needs the answer polls Kafka meanwhile, and heeds a request to stop. Knows none of our tables.
 """
 
 from __future__ import annotations
@@ -51,13 +51,17 @@ class Session:
         meanwhile: Callable[[float], None] = nothing,
         examine: Callable[[Connection], None] | None = None,
     ) -> None:
-        """`examine` is given each new connection before anything else, and raises if it is no good."""
+        """`examine` is given each new connection before anything else, and raises if it is no good.
+
+        Behind a pooler it is given the connection before each work: another database may answer there unseen.
+        """
         self._database_url = database_url
         self._role = role
         self._meanwhile = meanwhile
         self._examine = examine
         self._within_s = ANSWER_WITHIN_S
         self._connection: Connection | None = None
+        self._pooled = False
 
     def run(self, work: Callable[[Connection], _T], within_s: float | None = None) -> _T:
         """What `work` returns, tried again where that may succeed at once.
@@ -90,7 +94,7 @@ class Session:
         self._connection = None
 
     def _once(self, work: Callable[[Connection], _T], within_s: float | None) -> _T:
-        errand = _Errand(self._connection, self._connect, work, within_s or self._within_s)
+        errand = _Errand(self._connection, self._ready, work, within_s or self._within_s)
         self._connection = None
         threading.Thread(target=errand.run, daemon=True).start()
         began_s = time.monotonic()
@@ -109,6 +113,13 @@ class Session:
         self._within_s = ANSWER_WITHIN_S
         return result
 
+    def _ready(self, connection: Connection | None) -> Connection:
+        if connection is None or connection.closed:
+            return self._connect()
+        if self._pooled and self._examine:
+            self._examine(connection)
+        return connection
+
     def _connect(self) -> Connection:
         connection = postgres.connect(self._database_url, self._role)
         try:
@@ -119,25 +130,26 @@ class Session:
         except BaseException:
             connection.close()
             raise
-        # A pooler names itself to whoever wants to cancel something, and may hand each statement to another backend.
-        if row == (connection.info.backend_pid,):
+        # The id in a pooler's greeting is its own, only good to cancel with. Each statement may go to another backend.
+        self._pooled = row != (connection.info.backend_pid,)
+        if not self._pooled:
             connection.prepare_threshold = 1
         return connection
 
 
 class _Errand(Generic[_T]):
-    """What a thread of its own does with the connection; whoever waits for it may give it up."""
+    """What a thread of its own does with the connection; the thread that waits for it may give it up."""
 
     def __init__(
         self,
         connection: Connection | None,
-        connect: Callable[[], Connection],
+        ready: Callable[[Connection | None], Connection],
         work: Callable[[Connection], _T],
         within_s: float,
     ) -> None:
         self.done: Future[_T] = Future()
         self.connection = connection
-        self._connect = connect
+        self._ready = ready
         self._work = work
         self._within_s = within_s
         self._given_up = False
@@ -145,8 +157,7 @@ class _Errand(Generic[_T]):
     def run(self) -> None:
         """Connect where that is needed, and do the work; `done` tells how that ended."""
         try:
-            if self.connection is None or self.connection.closed:
-                self.connection = self._connect()
+            self.connection = self._ready(self.connection)
             if self._given_up:
                 raise Unanswered("the database's answer is not needed any more")
             self.connection.answer_within_s = self._within_s

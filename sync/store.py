@@ -27,7 +27,7 @@ IDLE_MS: Final = 60_000
 """After which the database ends a migration that it hears nothing of: others wait for its locks."""
 
 TIDY_WITHIN_S: Final = 60.0
-"""What dropping old events may take: it waits for whoever reads them."""
+"""What dropping old events may take: it waits for everybody who reads them."""
 
 _BAD_DATA: Final = ("22", "23", "44", "54")
 """Classes of SQLSTATE that say "never this row", not "not now"; 54 are limits, as of what an index holds of a row."""

@@ -141,7 +141,7 @@ def test_persister_that_cannot_work_leaves_the_rest_alone(
     subprocess.run(["kill", str(persister)], check=True)
     # Either it ends again and again, more often than a server may, or it waits; both without the others.
     wait_until(
-        lambda: process.restarts("persister") >= 5 or "the database does not answer" in process.output_tail(200),
+        lambda: process.restarts("persister") >= 5 or "the database refuses" in process.output_tail(200),
         60,
         "the persister works on",
     )

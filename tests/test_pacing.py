@@ -7,13 +7,14 @@ import dataclasses
 import psycopg
 import pytest
 import redis as redis_client
+from confluent_kafka import Message
 
 from server.config import Settings
 from server.embedded import RedisServer
 from server.keys import Keys
 from sync import relay as relay_module
 from sync.persister import Persister
-from sync.relay import Relay
+from sync.relay import Relay, _Owed
 from tests.services import KafkaBroker, wait_until
 from tests.sync_parts import add_entries, migrated, running
 
@@ -87,3 +88,12 @@ def test_relay_waits_through_the_outage_of_the_database(redis: redis_client.Redi
         wait_until(lambda: relay.persister_outage.goes_on)
         assert relay.relayed_events < ENTRIES * 10
         assert redis.xlen("outbox") == ENTRIES
+
+
+def test_record_that_kafka_has_at_an_unknown_place_ends_the_turn() -> None:
+    owed = _Owed("1-0", 2)
+    owed.placed(None, Message(topic="t", partition=1, offset=7))
+    owed.placed(None, Message(topic="t", partition=1))
+    assert owed.offsets == {1: 7}
+    assert owed.unconfirmed == 1
+    assert owed.error is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from confluent_kafka import Consumer, KafkaException, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from server.config import Settings
@@ -42,6 +42,63 @@ def settings(kafka_broker: KafkaBroker, kafka_topic: str, database_url: str) -> 
 def database(settings: Settings) -> Iterator[psycopg.Connection[Any]]:
     with psycopg.connect(settings.database_url, autocommit=True) as connection:
         yield connection
+
+
+class AssignedConsumer:
+    """In the place of Kafka's, for what depends on the moment at which partitions change hands."""
+
+    def __init__(self) -> None:
+        self.partitions: list[TopicPartition] = []
+
+    def assign(self, partitions: list[TopicPartition]) -> None:
+        self.partitions = partitions
+
+    def unassign(self) -> None:
+        self.partitions = []
+
+    def assignment(self) -> list[TopicPartition]:
+        return self.partitions
+
+    def pause(self, partitions: list[TopicPartition]) -> None:
+        pass
+
+    resume = pause
+
+    def get_watermark_offsets(self, _: TopicPartition, **__: Any) -> tuple[int, int]:
+        return 0, 1000
+
+    def consume(self, *_: Any) -> list[Message]:
+        return []
+
+
+class AnsweringStore:
+    """In the place of the database; `meanwhile` is called while the offsets are asked for."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self._meanwhile = meanwhile
+
+    def offsets(self, _: str) -> dict[int, StoredOffset]:
+        self._meanwhile()
+        return {0: StoredOffset("id", 100)}
+
+
+@contextmanager
+def placing(
+    monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[Persister, Any], None]
+) -> Iterator[tuple[Persister, AssignedConsumer]]:
+    """A persister that has one partition, and whose next step places it; then something happens."""
+    part, consumer = (
+        Persister(Settings(kafka_brokers="127.0.0.1:1", kafka_topic="t"), waiting.Stop()),
+        AssignedConsumer(),
+    )
+    real, part._consumer = part._consumer, consumer  # type: ignore[assignment]
+    part._store = AnsweringStore(lambda: meanwhile(part, consumer))  # type: ignore[assignment]
+    monkeypatch.setattr(persister, "look_up", lambda _: Topic("id", 1))
+    part._on_assign(consumer, [TopicPartition("t", 0)])  # type: ignore[arg-type]
+    try:
+        yield part, consumer
+    finally:
+        real.close()
 
 
 def stored(database: psycopg.Connection[Any]) -> int:
@@ -129,6 +186,35 @@ def test_redelivered_and_late_events_count_once(settings: Settings, database: ps
         wait_until(lambda: caught_up(database, 250))
     assert stored(database) == 100
     assert scores(database) == {f"player{i % 5}": i for i in range(95, 100)}
+
+
+def test_what_came_early_is_not_stored_when_other_partitions_come_while_the_database_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [TopicPartition("t", 0)]
+
+    def come(part: Persister, consumer: Any) -> None:
+        part._early.append(object())  # type: ignore[arg-type]
+        part._on_assign(consumer, others)
+
+    with placing(monkeypatch, come) as (part, consumer):
+        part._step()  # would stumble over a record that is none
+        assert consumer.partitions == []
+        assert part._unplaced is others
+
+
+def test_partitions_that_are_revoked_while_the_database_is_asked_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    with placing(monkeypatch, lambda part, consumer: part._on_revoke(consumer, [])) as (part, consumer):
+        part._step()
+        assert consumer.partitions == []
+        assert part._unplaced is None
+
+
+def test_assignment_that_waits_outlives_what_is_said_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with placing(monkeypatch, lambda *_: None) as (part, consumer):
+        part._heed(KafkaError(KafkaError._AUTO_OFFSET_RESET))
+        part._step()
+        assert [(it.partition, it.offset) for it in consumer.partitions] == [(0, 100)]
 
 
 @pytest.mark.kafka

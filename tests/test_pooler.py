@@ -18,7 +18,7 @@ from server.config import Settings
 from server.database import Database
 from server.embedded import PostgresServer, RedisServer
 from sync.session import Session
-from sync.store import Store, migrate
+from sync.store import CommitsLost, Store, migrate
 from tests.client import board, post, wait_until_writable
 from tests.pgbouncer import PgBouncer
 from tests.services import ROOT, KafkaBroker, ServerProcess, SyncProcess, UnavailableError, environment, wait_until
@@ -82,6 +82,21 @@ def test_writers_share_the_backends(url: str, database_url: str) -> None:
     assert failures == []
     with psycopg.connect(database_url) as direct:
         assert direct.execute("SELECT count(*), sum(score) FROM scores").fetchone() == (4, 4 * 49)
+
+
+def test_database_that_forgot_what_it_confirmed_is_found_out_behind_the_pooler(url: str, database_url: str) -> None:
+    migrate(url)
+    store = Store(url)
+    store.persist([event("ann", 1000)], "t", "id", {0: 5})
+    with psycopg.connect(database_url, autocommit=True) as direct:
+        direct.execute("UPDATE consumer_offsets SET next_offset = 3")  # as of the host that takes over
+        others = "FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        direct.execute(f"SELECT pg_terminate_backend(pid) {others}")  # the pooler's, which is idle: nobody else sees it
+        wait_until(lambda: direct.execute(f"SELECT {others}").fetchone() is None)
+        with pytest.raises(CommitsLost):
+            store.persist([event("ann", 2000)], "t", "id", {0: 6})
+        assert store.offsets("t")[0].next_offset == 3
+    store.close()
 
 
 def test_migration_leaves_no_setting_behind(url: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
@@ -161,9 +161,8 @@ def test_time_out_is_told_at_once_and_doubles_the_next_time(proxy: SilentProxy, 
     writing.close()
 
 
-def swallowed_at(proxy: SilentProxy, text: bytes, work: object) -> None:
+def swallowed_at(proxy: SilentProxy, text: bytes, work: Callable[[], object]) -> None:
     proxy.swallow_at = text
-    assert callable(work)
     work()
 
 
