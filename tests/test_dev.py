@@ -247,7 +247,10 @@ def test_taken_port_is_one_clear_sentence(dev: Callable[..., Dev]) -> None:
 @pytest.mark.parametrize(
     ("host", "expected"),
     [
-        ("x86_64-conda-linux-gnu", "expected an address of this machine such as 127.0.0.1, 0.0.0.0 or ::, or its name, "),
+        (
+            "x86_64-conda-linux-gnu",
+            "expected an address of this machine such as 127.0.0.1, 0.0.0.0 or ::, or its name, ",
+        ),
         ("192.0.2.1", "expected an address of this machine, got '192.0.2.1': Cannot assign requested address"),
     ],
 )

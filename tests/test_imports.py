@@ -17,7 +17,8 @@ GROUND = {
 CORE = {
     "hub", "auth", "scores", "uws", "redis_connection", "event_feed", "batches", "pages",
     "kafka_tail", "replay", "rebuild_lock", "admission", "messages", "subscription", "web_files", "bodies", "openapi",
-    "shards", "topology", "answers", "uws_native", "queries", "key_types", "outbox_age",
+    "shards", "topology", "answers", "uws_native", "queries", "key_types", "outbox_age", "budget",
+    "websocket_protocol",
 }  # fmt: skip
 UPPER = {"live", "routes", "rebuild", "metrics"}
 PROCESSES = {
@@ -32,6 +33,7 @@ NEVER = {
     "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},
     "fences": {"asyncio", "time", "confluent_kafka"},
     "admission": {"asyncio", "time", "uws"},
+    "budget": {"asyncio", "time", "uws"},
     "messages": {"asyncio", "time", "uws"},
     "subscription": {"asyncio", "time", "uws"},
     "bodies": {"asyncio", "time", "uws"},
@@ -44,7 +46,7 @@ NEVER = {
     "postgres": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},
-    "parsers": {"server", "sync", "os", "pathlib", "socket", "time"},
+    "parsers": {"config", "sync", "os", "pathlib", "socket", "time"},
     "slots": {"asyncio", "time", "hiredis", "redis"},
 }
 
