@@ -70,8 +70,9 @@ WORKDIR /srv
 EXPOSE 8080 9101 9102
 STOPSIGNAL SIGTERM
 
-# Of processes, not of stores: neither an outage nor a rebuild makes it unhealthy.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=15s --retries=3 CMD ["scoreboard", "health"]
+# Of the server's processes alone: an orchestrator that restarts what is unhealthy must not end a server that is well for
+# a persister that cannot work. `scoreboard health`, metrics and log tell of that one.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=15s --retries=3 CMD ["scoreboard", "health", "--server"]
 
 CMD ["scoreboard", "all"]
 

@@ -4,7 +4,7 @@ scoreboard serve       the server
 scoreboard sync        relay and persister; `sync relay` or `sync persister` for one of them
 scoreboard all         both of them: what the container runs
 scoreboard check       look at the configuration and every connection, and say what to do; changes nothing
-scoreboard health      ask how the processes of `all` (or `serve`) are: what the container's health check runs
+scoreboard health      ask how the processes of `all` (or `serve`) are; --server: as the container's health check does
 scoreboard migrate     create the Kafka topics and the database schema
 scoreboard reconcile   compare Redis with the database; --repair puts the database right
 scoreboard dead-letters   list the records that could not be stored; --replay sends them once more

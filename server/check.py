@@ -139,7 +139,8 @@ def check_machine() -> Iterator[Finding]:
         yield Finding(State.OK, "compiled part", LIBRARY.name)
     else:
         yield Finding(
-            State.WARN, "compiled part", f"{LIBRARY.name} is missing: requests cost half as much again",
+            State.WARN, "compiled part",
+            f"{LIBRARY.name} is missing: requests cost half as much again, and odd ones get no answer",
             "install the package anew: pip compiles it",
         )  # fmt: skip
 

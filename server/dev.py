@@ -15,7 +15,6 @@ import http.client
 import json
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from typing import Any, Final
 
 import redis
 
-from server import config, dev_screen
+from server import config, dev_screen, listening
 from server.auth import signing_algorithm
 from server.demo import PLAYERS, DemoPlayers
 from server.dev_screen import token
@@ -152,14 +151,12 @@ class Development:
     def _choose_port(self) -> None:
         host, port = self.settings.host, self.settings.port or free_port()
         self._environ["PORT"] = str(port)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            socket.create_server((host, port), family=family).close()
+            listening.bound(host, port).close()
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise DevError(f"port {port} is taken: choose another, as in make run PORT={port + 1}") from error
-            variable = "PORT" if error.errno == errno.EACCES else "HOST"
-            raise ConfigError(f"{variable}: cannot listen on {host}, port {port}: {error.strerror}") from error
+            raise ConfigError(listening.why_not(error, host, port)) from error
 
     def _choose_secret(self) -> None:
         if self.settings.jwt_secret is None and signing_algorithm(self.settings):
@@ -170,7 +167,7 @@ class Development:
         if not named.get("REDIS_HOST") and not named.get("REDIS_PORT"):
             self._redis = RedisServer(self._data.absolute() / "redis")
             self._start_store(self._redis, lock)
-            named |= {"REDIS_HOST": self._redis.host, "REDIS_PORT": str(self._redis.port), "REDIS_PASSWORD": ""}
+            named |= {"REDIS_HOST": self._redis.host, "REDIS_PORT": str(self._redis.port)}
         if not named.get("DATABASE_URL"):
             self._postgres = PostgresServer(self._data.absolute() / "postgres")
             self._start_store(self._postgres, lock)

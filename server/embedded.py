@@ -307,7 +307,8 @@ class PostgresServer(Store):
 
     def _is_of_another_version(self) -> bool:
         major = self._major()
-        return bool(major) and self.program.split()[-1].partition(".")[0] != major
+        ours = re.search(r"\d+", self.program)  # none when a busy machine was too slow to say
+        return bool(major) and ours is not None and ours[0] != major.partition(".")[0]
 
     def _writer(self) -> str:
         major = self._major()

@@ -75,7 +75,8 @@ Board = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_BOARD)]
 Moment = Annotated[int, msgspec.Meta(ge=0, le=MAX_AT_MS)]
 Memory = Annotated[str, msgspec.Meta(min_length=FINGERPRINT_LENGTH + 1, max_length=MAX_MEMORY)]
 
-_BOARD: Final = re.compile(r"[a-z0-9_-]{1,64}")
+BOARD_NAME: Final = re.compile(rf"[a-z0-9_-]{{1,{MAX_BOARD}}}")
+"""What a board may be called, in settings and in events."""
 
 
 class BadEvent(ScoreboardError):
@@ -131,7 +132,7 @@ def decode_event(value: bytes | None) -> ScoreEvent:
     if not (digits.isdigit() and digits.isascii() and 0 < len(seq) <= SEQ_DIGITS and 0 < len(index) <= INDEX_DIGITS):
         raise BadEvent(f"eventId: expected ms-seq-index, each in range, got {event.event_id}")
     if not _is_board(event.board):
-        raise BadEvent(f"board: expected 1 to {MAX_BOARD} of a-z, 0-9, _ and -, got {event.board!r}")
+        raise BadEvent(f"board: expected a name of {BOARD_NAME.pattern}, got {event.board!r}")
     if not event.player_id.isprintable():
         _check_players(event.player_id)
     return event
@@ -175,7 +176,7 @@ def events_of_entry(entry_id: str, payload: bytes) -> list[ScoreEvent]:
     }:
         raise BadEvent("expected text for the board and the players, integers for the rest")
     if not _is_board(board):
-        raise BadEvent(f"board: expected 1 to {MAX_BOARD} of a-z, 0-9, _ and -, got {board!r}")
+        raise BadEvent(f"board: expected a name of {BOARD_NAME.pattern}, got {board!r}")
     if not (players := "".join(fields[::3])).isprintable():  # type: ignore[arg-type]
         _check_players(players)
     if at > MAX_AT_MS or len(seq) > SEQ_DIGITS:
@@ -204,7 +205,7 @@ def memories_of_entry(payload: bytes | None, events: int) -> dict[int, str]:
 
 @lru_cache(maxsize=1024)
 def _is_board(name: object) -> bool:
-    return isinstance(name, str) and _BOARD.fullmatch(name) is not None
+    return isinstance(name, str) and BOARD_NAME.fullmatch(name) is not None
 
 
 def _check_players(text: str) -> None:

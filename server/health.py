@@ -1,4 +1,7 @@
-"""`scoreboard health`: what a container's HEALTHCHECK asks. Of processes, not of stores: a rebuild is no illness.
+"""`scoreboard health`: how the processes are. Stores are not asked: neither an outage nor a rebuild is an illness.
+
+With `--server` it is what a container's HEALTHCHECK asks. Whoever restarts what is ill would otherwise take a server
+that is well down with a persister that cannot work, again and again.
 
 The server is asked for /healthz. Relay and persister have no ear, so the supervisor of `scoreboard all` answers for
 its children, and that of WORKERS for its own, since the port shows whichever worker is well. They do so on an abstract
@@ -59,10 +62,16 @@ class Desk:
 def health(argv: list[str]) -> int:
     """Say how server, relay and persister are; 0 if all of them are well, else 1."""
     description = "Whether the processes are well. Stores may be away: see /readyz for what works."
-    argparse.ArgumentParser(prog="scoreboard health", description=description).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="scoreboard health", description=description)
+    parser.add_argument(
+        "--server", action="store_true", help="ask for the server alone: for an orchestrator that restarts what is ill"
+    )
+    alone = parser.parse_args(argv).server
     settings = config.load()
     host, port = settings.host, settings.port
-    complaints = [*of_supervisor(host, port), *of_supervisor(host, port, WORKERS), *of_server(host, port)]
+    complaints = [*of_supervisor(host, port, WORKERS), *of_server(host, port)]
+    if not alone:
+        complaints = [*of_supervisor(host, port), *complaints]
     sys.stdout.write("\n".join(complaints or [WELL]) + "\n")
     return 1 if complaints else 0
 

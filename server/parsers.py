@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import psycopg.conninfo
 
+from server.events import BOARD_NAME, CONTROL_CHARACTERS
+
 MIN_SECRET_BYTES: Final = 32
 """HS256 takes keys of at least its hash's size (RFC 7518, section 3.2)."""
 
@@ -25,8 +27,6 @@ _LONGEST_TOPIC: Final = 249 - len(DEAD_LETTER_SUFFIX)
 _LONGEST_SHOWN: Final = 200
 _INVISIBLE: Final = "\ufeff\u200b\u2060"
 _QUOTES: Final = "\"'`\u2018\u2019\u201c\u201d"
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_BOARD: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _NAME: Final = re.compile(r"(?!-)[\w-]{1,63}(\.[\w-]{1,63})*\.?")
 _ENDPOINT: Final = re.compile(r"(?P<host>[^\[\]:]+|\[[^\[\]]+\]):(?P<port>\d{1,5})")
 _ORIGIN: Final = re.compile(
@@ -83,7 +83,7 @@ def around(raw: str, *, secret: bool = False) -> str:
 
 def text(raw: str) -> str:
     """Any text without control characters."""
-    if _CONTROL.search(raw):
+    if CONTROL_CHARACTERS.search(raw):
         raise ValueError("text without control characters")
     return raw
 
@@ -146,8 +146,8 @@ def words(raw: str) -> tuple[str, ...]:
 def boards(raw: str) -> tuple[str, ...]:
     """Names of boards."""
     names = words(raw)
-    if not names or not all(_BOARD.fullmatch(name) for name in names):
-        raise ValueError("names of [a-z0-9_-]{1,64}, separated by commas")
+    if not names or not all(BOARD_NAME.fullmatch(name) for name in names):
+        raise ValueError(f"names of {BOARD_NAME.pattern}, separated by commas")
     return names
 
 

@@ -78,8 +78,8 @@ class Outage:
         if self._began_at is None or (refused and not self._refused):
             self._began_at = self._began_at or time.monotonic()
             self._refused = refused
-            does = "refuses" if refused else "does not answer"
-            self._log.warning("%s %s, trying on: %s", self._service, does, str(error).strip())
+            does = "refuses, trying on" if refused else "does not answer, trying on"
+            self._log.warning("%s %s: %s", self._service, does, str(error).strip())
         delay_s = self._delay_s
         self._delay_s = min(2 * delay_s, LONGEST_DELAY_S)
         return delay_s * random.uniform(0.5, 1.0)  # noqa: S311 (jitter, not a secret)

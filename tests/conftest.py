@@ -11,12 +11,16 @@ import psycopg
 import pytest
 import redis as redis_client
 
-from server.embedded import PostgresServer, RedisServer, Service
+from server.embedded import PostgresServer, RedisServer, Service, without_libpq
 from tests.browser import Chromium, axe_source
 from tests.services import KafkaBroker, UnavailableError, locale_of_databases
 from tests.timescale import TimescaleServer
 
 _numbers = itertools.count(1)
+
+# What the shell says of other databases would count for every connection of a test, and of what it starts.
+for _variable in set(os.environ) - set(without_libpq(os.environ)):
+    del os.environ[_variable]
 
 MOST_WORKERS = 8
 """Each has servers of its own, of which Kafka alone takes 0.5 GB."""

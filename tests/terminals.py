@@ -13,7 +13,7 @@ from tests.services import ROOT, wait_until
 
 
 class Terminal:
-    """A program that leads a terminal's session, as a shell does; its output goes on into the file `log`."""
+    """A program that leads a terminal's session, as a shell does."""
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self.pid, self._master = pty.fork()

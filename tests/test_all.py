@@ -63,7 +63,7 @@ class All(Service):
         return int(float(found[1]))
 
     def health(self) -> str:
-        """What the container's health check says."""
+        """What `scoreboard health` says."""
         argv = [sys.executable, "-m", "server", "health"]
         return subprocess.run(argv, env=self.settings, cwd=ROOT, capture_output=True, text=True, check=False).stdout
 

@@ -23,6 +23,7 @@ import yaml
 from server import config, supervisor
 from server.__main__ import DRAIN_GRACE_S
 from server.embedded import ADDRESS, MockKafka, Service, free_port
+from server.errors import ConfigError
 from server.health import WITHIN_S, Desk, of_server, of_supervisor
 from server.supervisor import Child, Supervisor, alive
 from tests.services import ROOT, ServerProcess, environment, wait_until
@@ -75,9 +76,9 @@ def test_image_runs_as_nobody_special_and_stops_as_the_supervisor_expects() -> N
     assert last("CMD") == '["scoreboard", "all"]'
 
 
-def test_health_check_is_the_command_that_is_tested_below() -> None:
+def test_health_check_is_a_command_that_is_tested_below() -> None:
     options, _, command = last("HEALTHCHECK").partition(" CMD ")
-    assert command == '["scoreboard", "health"]'
+    assert command == '["scoreboard", "health", "--server"]'
     timeout_s = int(re.findall(r"--timeout=(\d+)s", options)[0])
     assert timeout_s > 3 * WITHIN_S, "Docker must not be the one to give up, since it would not say why"
 
@@ -223,9 +224,9 @@ def page(port: int, path: str) -> str:
         return ""
 
 
-def health(settings: dict[str, str]) -> tuple[int, str]:
-    """What the image's HEALTHCHECK does: (exit status, what it says)."""
-    argv = [sys.executable, "-m", "server", "health"]
+def health(settings: dict[str, str], *options: str) -> tuple[int, str]:
+    """What `scoreboard health` does, with `--server` the image's HEALTHCHECK: (exit status, what it says)."""
+    argv = [sys.executable, "-m", "server", "health", *options]
     done = subprocess.run(argv, env=settings, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
     assert not done.stderr
     return done.returncode, done.stdout
@@ -255,11 +256,12 @@ def test_each_part_tells_its_own_figures_while_its_stores_are_away(everything: A
 
 
 @pytest.mark.parametrize(("part", "name"), [("sync relay", "relay"), ("sync persister", "persister")])
-def test_paused_part_of_sync_is_ill(everything: AllProcess, part: str, name: str) -> None:
+def test_paused_part_of_sync_is_ill_and_leaves_the_container_well(everything: AllProcess, part: str, name: str) -> None:
     pid = everything.part(part)
     os.kill(pid, signal.SIGSTOP)
     try:
         wait_until(lambda: health(everything.settings) == (1, f"{name} is paused\n"), 30)
+        assert health(everything.settings, "--server") == (0, "ok\n")
     finally:
         os.kill(pid, signal.SIGCONT)
     wait_until(lambda: health(everything.settings) == (0, "ok\n"), 30)
@@ -269,11 +271,12 @@ def test_paused_server_is_ill(everything: AllProcess) -> None:
     pid = everything.part("serve")
     os.kill(pid, signal.SIGSTOP)
     try:
-        status, said = health(everything.settings)
+        answers = [health(everything.settings, *options) for options in ((), ("--server",))]
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert status == 1
-    assert "the server does not answer" in said
+    for status, said in answers:
+        assert status == 1
+        assert "the server does not answer" in said
     wait_until(lambda: health(everything.settings) == (0, "ok\n"), 30)
 
 
@@ -302,6 +305,13 @@ def test_second_one_on_the_same_port_is_refused(everything: AllProcess) -> None:
     done = subprocess.run(argv, env=everything.settings, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"PORT: expected a free port at HOST={ADDRESS}, got {everything.port}: another process has it" in done.stderr
+
+
+def test_second_one_on_the_same_port_is_refused_before_the_first_listens() -> None:
+    port = free_port()
+    refused = f"PORT: expected one that no other scoreboard has, got {port}"
+    with contextlib.closing(Desk(ADDRESS, port)), pytest.raises(ConfigError, match=refused):
+        Desk(ADDRESS, port)
 
 
 def test_stop_lets_the_server_end_first(tmp_path: Path) -> None:

@@ -308,6 +308,17 @@ def test_cluster_of_another_version_is_kept_and_a_new_one_made(tmp_path: Path) -
     assert (tmp_path / "postgres.postgresql-9.6" / "mine").exists()
 
 
+def test_cluster_stays_where_it_is_while_the_version_of_its_server_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "PG_VERSION").write_text("18\n")
+    server = PostgresServer(tmp_path)
+    monkeypatch.setattr(embedded, "_said_by", lambda *_: "")  # it did not answer in time
+    assert not server._is_of_another_version()
+    monkeypatch.setattr(embedded, "_said_by", lambda *_: "postgres (PostgreSQL) 17.2")
+    assert server._is_of_another_version()
+
+
 @pytest.mark.postgres
 def test_incomplete_cluster_is_kept_and_a_new_one_made(tmp_path: Path) -> None:
     (tmp_path / "postgres" / "base").mkdir(parents=True)

@@ -33,6 +33,7 @@ NEVER = {
     "hub": {"asyncio", "uws", "socketify", "redis", "hiredis", "time", "confluent_kafka", "redis_connection"},
     "fences": {"asyncio", "time", "confluent_kafka"},
     "admission": {"asyncio", "time", "uws"},
+    "budget": {"asyncio", "time", "uws"},
     "messages": {"asyncio", "time", "uws"},
     "subscription": {"asyncio", "time", "uws"},
     "bodies": {"asyncio", "time", "uws"},
@@ -45,7 +46,7 @@ NEVER = {
     "postgres": {"server", "sync"},
     "errors": {"server", "sync"},
     "keys": {"server", "sync"},
-    "parsers": {"server", "sync", "os", "pathlib", "socket", "time"},
+    "parsers": {"config", "sync", "os", "pathlib", "socket", "time"},
     "slots": {"asyncio", "time", "hiredis", "redis"},
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from server.keys import Keys
 from sync.reconcile import Outcome, Reconciliation
 from sync.store import Store, migrate
 from sync.waiting import Stop
+from tests.services import ROOT, environment
 from tests.sync_parts import event
 
 URL = "postgresql://ann@db.example/scores"
@@ -160,3 +163,9 @@ def test_names_are_utf_8_whatever_encoding_is_asked_for(
     store.close()
     top, _, _ = asyncio.run(read(url))
     assert {player for player, _ in top} == set(NAMES)
+
+
+def test_variables_of_the_shell_do_not_reach_the_tests() -> None:
+    others = dict.fromkeys(("PGSSLMODE", "PGHOSTADDR", "PGOPTIONS", "PGSERVICE", "PGCLIENTENCODING"), "none")
+    code = f"import os, tests.conftest; assert not set({[*others]}) & set(os.environ)"
+    subprocess.run([sys.executable, "-c", code], env=environment(others), cwd=ROOT, check=True)

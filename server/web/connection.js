@@ -4,7 +4,7 @@ const FIRST_DELAY_MS = 500;
 const LONGEST_DELAY_MS = 15_000;
 const STEADY_AFTER_MS = 5_000; // a connection that lived this long resets the delay
 const UNWANTED = [1002, 1007, 1008, 1009]; // what we sent was wrong, so it would end in the same way again
-const NAMES_LENGTH = 1500; // of the address: the server takes 4 KiB of request headers, cookies and all
+const NAMES_LENGTH = 1500; // of the address: some proxies take no more than 2 KiB
 
 export class Connection {
   // `query()` and `players()` are asked at each start; `message` has a function per type;
