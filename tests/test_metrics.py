@@ -388,17 +388,18 @@ def test_persister_lag_grows_while_the_database_is_away_and_is_gone_afterwards(
     scoreboard: Scoreboard, postgres_server: PostgresServer
 ) -> None:
     before = scoreboard.figure("scoreboard_persister_outages_total")
+    database = scoreboard.settings.database_url.rpartition("/")[2]
     with psycopg.connect(postgres_server.url, autocommit=True) as admin:
-        admin.execute("ALTER DATABASE metrics ALLOW_CONNECTIONS false")
+        admin.execute(f"ALTER DATABASE {database} ALLOW_CONNECTIONS false")
         try:
-            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'metrics'")
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database])
             for _ in range(3):
                 assert post(scoreboard.server, "ann", 5).status == 200
             assert grows(lambda: scoreboard.figure("scoreboard_persister_lag_seconds"), 0.5)
             wait_until(lambda: scoreboard.figure("scoreboard_persister_lag_events") > 0)
             assert scoreboard.figure("scoreboard_persister_database_up") == 0
         finally:
-            admin.execute("ALTER DATABASE metrics ALLOW_CONNECTIONS true")
+            admin.execute(f"ALTER DATABASE {database} ALLOW_CONNECTIONS true")
     wait_until(scoreboard.settled, 30, "the lag stays")
     assert scoreboard.figure("scoreboard_persister_database_up") == 1
     assert scoreboard.figure("scoreboard_persister_outages_total") == before + 1
