@@ -21,12 +21,14 @@ typedef struct us_socket_context_t us_socket_context_t;
 typedef us_socket_t *(*on_open_t)(us_socket_t *s, int is_client, char *ip, int ip_length);
 typedef us_socket_t *(*on_close_t)(us_socket_t *s, int code, void *reason);
 typedef us_socket_t *(*on_data_t)(us_socket_t *s, char *data, int length);
+typedef us_socket_t *(*on_writable_t)(us_socket_t *s);
 typedef us_socket_t *(*on_end_t)(us_socket_t *s);
 
 extern us_socket_context_t *us_socket_context(int ssl, us_socket_t *s);
 extern void us_socket_context_on_open(int ssl, us_socket_context_t *context, on_open_t handler);
 extern void us_socket_context_on_close(int ssl, us_socket_context_t *context, on_close_t handler);
 extern void us_socket_context_on_data(int ssl, us_socket_context_t *context, on_data_t handler);
+extern void us_socket_context_on_writable(int ssl, us_socket_context_t *context, on_writable_t handler);
 extern void us_socket_context_on_end(int ssl, us_socket_context_t *context, on_end_t handler);
 extern int us_poll_fd(void *poll);
 extern int us_socket_is_closed(int ssl, us_socket_t *s);
@@ -74,6 +76,7 @@ static us_socket_context_t *context;
 static on_open_t next_open;
 static on_close_t next_close;
 static on_data_t next_data;
+static on_writable_t next_writable;
 static on_end_t next_end;
 static struct refusal refusals[16];
 static int refusals_known;
@@ -381,6 +384,12 @@ static size_t proxy_header(const char *data, size_t length) {
     return whole <= length ? whole : length + 1;
 }
 
+// Whether a connection has had all its answers, and its client has taken them. Else one that only sends would have as
+// much kept for it as it can ask for.
+static bool takes_another(us_socket_t *s) {
+    return uws_res_has_responded(SSL, s) && !uws_ws_get_buffered_amount(SSL, s);
+}
+
 // Pass on the beginning of a message: how much of `data` that was, 0 when more has to come first.
 static size_t take_head(us_socket_t **s, struct wire *wire, char *data, size_t length) {
     if (!wire->began) {
@@ -388,7 +397,7 @@ static size_t take_head(us_socket_t **s, struct wire *wire, char *data, size_t l
         if (proxied) return proxied <= length ? proxied : 0;
     }
     if (*data == '\r' || *data == '\n') return 1; // RFC 9112, 2.2
-    if (!uws_res_has_responded(SSL, *s)) {
+    if (!takes_another(*s)) {
         if (length > MAX_WAITING) *s = us_socket_close(SSL, *s, 0, NULL);
         return 0;
     }
@@ -536,7 +545,7 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
         if (!wire->left) wire->mode = HEAD;
         return next_data(s, data, length);
     }
-    if (wire->mode == HEAD && uws_res_has_responded(SSL, s)) { // as nearly always: one request, or its beginning
+    if (wire->mode == HEAD && takes_another(s)) { // as nearly always: one request, or its beginning
         struct head head;
         read_head(&head, data, (size_t)length);
         if (head.verdict == PLAIN && !head.is_chunked && head.length + head.body >= (size_t)length) {
@@ -547,6 +556,15 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
         }
     }
     return sort_out(s, data, (size_t)length);
+}
+
+// What was answered has left, or some of it. Go on with what waited for that.
+static us_socket_t *on_writable(us_socket_t *s) {
+    s = next_writable(s);
+    if (!is_ours(s)) return s;
+    struct wire *wire = wire_of(s);
+    bool waited = wire->mode == HEAD && (wire->held_length || wire->half_closed);
+    return waited && takes_another(s) ? sort_out(s, NULL, 0) : s;
 }
 
 // The client has closed its sending half. If it has sent a whole request, it waits for the answer; else it is gone.
@@ -629,6 +647,7 @@ bool wire_begin(void *listen_socket, void (*on_waiting)(void)) {
     REPLACE(open);
     REPLACE(close);
     REPLACE(data);
+    REPLACE(writable);
     REPLACE(end);
-    return next_open && next_close && next_data && next_end;
+    return next_open && next_close && next_data && next_writable && next_end;
 }

@@ -15,6 +15,7 @@ import pytest
 from tests.client import assert_problem
 from tests.services import wait_until
 from tests.test_uws import UwsApp, share
+from tests.uws_app import CHUNK
 from tests.wire import Answer, Wire, once, request_bytes
 
 POST = b"POST /posts HTTP/1.1\r\nHost: x\r\n"
@@ -266,3 +267,21 @@ def test_refusal_names_what_was_expected(app: UwsApp) -> None:
 def test_head_line_added_to_an_answer_is_on_a_refusal_too(app: UwsApp) -> None:
     answer: Answer = once(app.port, "GET", "/said", None, Expect="applause")
     assert_problem(answer, 417, "expectation-failed")
+
+
+@pytest.mark.parametrize("path", ["/large", "/shared?large"])
+@pytest.mark.parametrize("sends_no_more", [False, True])
+def test_client_that_takes_no_answers_has_few_kept_and_none_lost(app: UwsApp, path: str, sends_no_more: bool) -> None:
+    share(app, "/shared?large")
+    count, before = 200, app.state()["large"]
+    with Wire(app.port, receive_buffer_bytes=65_536) as wire:
+        wire.send(request_bytes("GET", path) * count)
+        if sends_no_more:
+            shut_writing(wire)
+        assert wire.answer().body == CHUNK
+        assert app.state()["large"] - before < count / 4
+        assert all(wire.answer().body == CHUNK for _ in range(count - 1))
+        if sends_no_more:
+            assert wire.ended
+        else:
+            assert wire.request("GET", "/said?next").json()["query"] == "next"
