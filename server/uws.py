@@ -121,7 +121,7 @@ _REFUSALS: Final = (
     _TARGET_TOO_LONG,
     Problem(417, "Expect: expected 100-continue, or no such header"),
     Problem(431, "expected at most 48 header lines, and 16384 bytes of them"),
-    Problem(501, "Transfer-Encoding: expected chunked, or no such header"),
+    Problem(501, "Transfer-Encoding: expected chunked, or no such header; method: expected one of RFC 9110, or PATCH"),
     Problem(505, "expected HTTP/1.1 or HTTP/1.0"),
 )
 """What uws_wire.c answers with where there is no request to answer."""

@@ -48,7 +48,7 @@ enum { MAX_WAITING = 65536 };    // bytes of requests behind one that waits for 
 enum { MAX_TARGET = 8192 };      // of server/uws.py: only to say 414 rather than 431
 enum { PADDING = 64 };           // the parser writes and looks past what it is given
 enum { ROOM_FOR_LINES = 64 };    // "Host:" and "Connection: close" where they are added
-enum { LINGER_S = 4 };           // how long a refused client may take to read why
+enum { LINGER_S = 5 };           // a refused client has 4 to 8 s to read why: uSockets rounds up, and looks once in 4 s
 
 // Where in a message the next byte stands.
 enum mode { HEAD, BODY, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER, REFUSED };
@@ -102,7 +102,7 @@ enum verdict { PLAIN, REWRITE, PARTIAL }; // any other is a status to refuse wit
 struct head {
     size_t length; // with the empty line
     uint32_t body;
-    bool has_coding, is_chunked, has_length, has_host, is_old, closes;
+    bool has_coding, is_chunked, has_length, has_host, has_connection, is_old, closes;
     int lines;
     size_t method_length, target, target_length; // places in the head
     int verdict;
@@ -157,7 +157,9 @@ static int read_line(struct head *head, const char *name, size_t name_length, ch
     while (length && (value[length - 1] == ' ' || value[length - 1] == '\t')) length--;
     switch (name_length) {
     case 4:
-        if (is(name, 4, "host")) head->has_host = true;
+        if (!is(name, 4, "host")) return 0;
+        if (head->has_host) return 400; // RFC 9112, 3.2
+        head->has_host = true;
         return 0;
     case 6:
         if (!is(name, 6, "expect") || head->is_old) return 0;
@@ -165,9 +167,13 @@ static int read_line(struct head *head, const char *name, size_t name_length, ch
         for (size_t i = 0; i < length; i++) value[i] = "100-continue"[i]; // uWebSockets knows it in lower case only
         return 0;
     case 10:
-        if (!is(name, 10, "connection") || !has_token(value, length, "close")) return 0;
-        head->closes = true;
-        if (length != 5) head->verdict = REWRITE; // uWebSockets looks at the length alone
+        if (!is(name, 10, "connection")) return 0;
+        if (has_token(value, length, "close")) {
+            head->closes = true;
+            // uWebSockets looks at the first such line, and there at the length alone.
+            if (length != 5 || head->has_connection) head->verdict = REWRITE;
+        }
+        head->has_connection = true;
         return 0;
     case 14: {
         if (!is(name, 14, "content-length")) return 0;
@@ -224,6 +230,14 @@ static int read_request_line(struct head *head, const char *line, size_t length)
     head->target += skipped;
     head->target_length -= skipped;
     return 0;
+}
+
+// Whether uWebSockets has a route for it: it closes the connection without a word where a method is none of these.
+static bool is_known_method(const char *method, size_t length) {
+    static const char known[][8] = {"GET", "POST", "OPTIONS", "HEAD", "PUT", "DELETE", "PATCH", "CONNECT", "TRACE"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strlen(known[i]) == length && !memcmp(known[i], method, length)) return true;
+    return false;
 }
 
 // Look at a head that begins at `data`, as far as it is there.
@@ -284,7 +298,7 @@ static void read_head(struct head *head, char *data, size_t length) {
     // Two may be added: Host and Connection.
     if (!refused && head->lines + (head->verdict == REWRITE ? 2 : 0) > MAX_HEAD_LINES) refused = 431;
     if (!refused && !head->has_host && !head->is_old) refused = 400;
-    if (!refused && head->has_coding && !head->is_chunked) refused = 501;
+    if (!refused && ((head->has_coding && !head->is_chunked) || !is_known_method(data, head->method_length))) refused = 501;
     if (refused) head->verdict = refused;
 }
 
@@ -356,7 +370,8 @@ static us_socket_t *refuse(us_socket_t *s, int status) {
     return s;
 }
 
-// The value of a chunk's size line, or -1. The line ends with a CRLF; extensions are not looked at (RFC 9112, 7.1.1).
+// The value of a chunk's size line, or -1. The line ends with a CRLF; extensions are ignored (RFC 9112, 7.1.1), but may
+// hold no other CR, which some take for an end (2.2).
 static int64_t chunk_size(const char *line, size_t length) {
     int64_t size = 0;
     size_t at = 0;
@@ -367,7 +382,7 @@ static int64_t chunk_size(const char *line, size_t length) {
         size = 16 * size + digit;
         if (size > 0x0fffffff) return -1;
     }
-    if (!at) return -1;
+    if (!at || memchr(line, '\r', length)) return -1;
     while (at < length && (line[at] == ' ' || line[at] == '\t')) at++;
     return at == length || line[at] == ';' ? size : -1;
 }
@@ -469,6 +484,10 @@ static size_t take(us_socket_t **s, struct wire *wire, char *data, size_t length
             return length;
         }
         if (!end) return 0;
+        if (end == data || end[-1] != '\r') { // to another, a line feed alone may end them, and begin the next request
+            *s = refuse(*s, 400);
+            return length;
+        }
         if (end - data == 1 && *data == '\r') {
             char last[5 + PADDING] = "0\r\n\r\n";
             wire->mode = HEAD;

@@ -49,11 +49,13 @@ ENDS_AFTER = {
     "HTTP/1.0 that would stay": b"POST /posts HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n" + HELLO,
     "HTTP/1.0 that expects": b"POST /posts HTTP/1.0\r\nExpect: 100-continue\r\n" + HELLO,
     "Connection: Close": POST + b"Connection: Close\r\n" + HELLO,
+    "Connection: two lines": POST + b"Connection: keep-alive\r\nConnection: close\r\n" + HELLO,
     "Connection: a list": POST + b"Connection: keep-alive, CLOSE\r\n" + HELLO,
 }
 REFUSED = {
     "no Host": (400, b"GET /said?a HTTP/1.1\r\nAccept: */*\r\n\r\n"),
     "nothing but a request line": (400, b"GET /said?a HTTP/1.1\r\n\r\n"),
+    "two Hosts": (400, GET + b"Host: y\r\n\r\n"),
     "bare line feeds": (400, b"GET /said?a HTTP/1.1\nHost: x\n\n"),
     "a bare line feed in headers": (400, GET + b"A: b\n\r\n"),
     "a line that goes on": (400, GET + b"A: b\r\n c\r\n\r\n"),
@@ -85,6 +87,8 @@ REFUSED = {
     "chunked twice": (501, POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
     "identity": (501, POST + b"Transfer-Encoding: identity\r\n\r\n"),
     "an empty coding": (501, POST + b"Transfer-Encoding:\r\n\r\n"),
+    "an unknown method": (501, b"PROPFIND /said?a HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "a method in lower case": (501, b"get /said?a HTTP/1.1\r\nHost: x\r\n\r\n"),
     "another expectation": (417, POST + b"Expect: applause\r\nContent-Length: 5\r\n\r\n"),
     "49 headers": (431, GET + b"X-Some: x\r\n" * 48 + b"\r\n"),
     "headers of 17 KB": (431, GET + b"X-Long: " + b"x" * 17_000 + b"\r\n\r\n"),
@@ -97,6 +101,9 @@ REFUSED = {
     "a chunk longer than its size": (400, CHUNKED + b"4\r\nhello\r\n0\r\n\r\n"),
     "a size of 2 GB": (400, CHUNKED + b"80000000\r\nhello"),
     "a size ended by a line feed": (400, CHUNKED + b"5\nhello\r\n0\r\n\r\n"),
+    "a lone CR in an extension": (400, CHUNKED + b"5;a\rb\r\nhello\r\n0\r\n\r\n"),
+    "trailers ended by a line feed": (400, CHUNKED + b"0\r\n\n" + NEXT),
+    "a trailer ended by a line feed": (400, CHUNKED + b"0\r\nX-Sum: 1\n\r\n"),
     "extensions without an end": (400, CHUNKED + b"5;" + b"x" * 5_000),
     "trailers without an end": (431, CHUNKED + b"0\r\n" + b"X-Sum: 1\r\n" * 2_000),
 }  # fmt: skip
