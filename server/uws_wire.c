@@ -45,6 +45,7 @@ enum { MAX_HEAD = 16384 };       // bytes of request line and header lines: as m
 enum { MAX_HEAD_LINES = 48 };    // that uWebSockets reads
 enum { MAX_CHUNK_LINE = 4096 };  // bytes of a chunk's size and extensions
 enum { MAX_WAITING = 65536 };    // bytes of requests behind one that waits for its answer
+enum { AT_ONCE = 16 };           // requests of one connection before the loop goes on with others
 enum { MAX_TARGET = 8192 };      // of server/uws.py: only to say 414 rather than 431
 enum { PADDING = 64 };           // the parser writes and looks past what it is given
 enum { ROOM_FOR_LINES = 64 };    // "Host:" and "Connection: close" where they are added
@@ -504,15 +505,36 @@ static size_t take(us_socket_t **s, struct wire *wire, char *data, size_t length
 
 static us_socket_t *on_end(us_socket_t *s);
 
+// Have `wire_resume` go on with what a connection holds.
+static void resume_soon(struct wire *wire) {
+    if (wire->resumes) return;
+    if (resuming_count == resuming_room) {
+        resuming_room = resuming_room ? 2 * resuming_room : 64;
+        resuming = must(realloc(resuming, (size_t)resuming_room * sizeof *resuming));
+    }
+    wire->resumes = true;
+    resuming[resuming_count++] = (int)(wire - wires);
+    if (resuming_count == 1) wake();
+}
+
 // Pass on what was held and what came now, message by message, and hold the rest.
 static us_socket_t *sort_out(us_socket_t *s, const char *data, size_t length) {
     struct wire *wire = wire_of(s);
     size_t all = wire->held_length + length, at = 0;
+    int begun = 0;
     char *buffer = must(realloc(wire->held, all + PADDING));
     if (length) memcpy(buffer + wire->held_length, data, length);
     wire->held = NULL; // what is called below may close the connection, and that frees it
     wire->held_length = 0;
     while (at < all) {
+        if (wire->mode == HEAD && begun++ == AT_ONCE) {
+            if (all - at > MAX_WAITING) {
+                free(buffer);
+                return us_socket_close(SSL, s, 0, NULL);
+            }
+            resume_soon(wire);
+            break;
+        }
         size_t taken = take(&s, wire, buffer + at, all - at);
         if (!is_ours(s)) { // closed, or a WebSocket now
             free(buffer);
@@ -600,18 +622,9 @@ static us_socket_t *on_end(us_socket_t *s) {
 // Whether the answer to come is the last on its connection; what waits behind it goes on after it.
 bool wire_answers(void *res) {
     if (!context) return false;
-    int fd = us_poll_fd(res);
-    struct wire *wire = &wires[fd];
+    struct wire *wire = wire_of(res);
     if (!wire->held_length || wire->mode != HEAD) return wire->half_closed && !wire->more;
-    if (!wire->resumes) {
-        if (resuming_count == resuming_room) {
-            resuming_room = resuming_room ? 2 * resuming_room : 64;
-            resuming = must(realloc(resuming, (size_t)resuming_room * sizeof *resuming));
-        }
-        wire->resumes = true;
-        resuming[resuming_count++] = fd;
-        if (resuming_count == 1) wake();
-    }
+    resume_soon(wire);
     return false;
 }
 
@@ -638,7 +651,7 @@ void wire_refusal(int status, const char *answer, int length) {
 
 // Replace a handler of the context, and return the one before. uSockets has no function that says which it is: it is
 // what stood where the new one stands now.
-#define CONTEXT_WORDS 24 // fewer than the structure has
+#define CONTEXT_WORDS 24 // of the structure, which has 16, and of what uWebSockets keeps behind it
 static void *replaced(const uintptr_t *before, void *handler) {
     const uintptr_t *now = (const uintptr_t *)context;
     void *found = NULL;

@@ -276,6 +276,16 @@ def test_head_line_added_to_an_answer_is_on_a_refusal_too(app: UwsApp) -> None:
     assert_problem(answer, 417, "expectation-failed")
 
 
+def test_client_of_many_requests_at_once_lets_others_through(app: UwsApp) -> None:
+    count, before = 1000, app.state()["said"]
+    with Wire(app.port) as wire:
+        wire.send(NEXT * count)
+        assert wire.answer().status == 200
+        assert app.state()["said"] - before < count
+        assert all(wire.answer().json()["query"] == "next" for _ in range(count - 1))
+        assert app.state()["said"] - before == count
+
+
 @pytest.mark.parametrize("path", ["/large", "/shared?large"])
 @pytest.mark.parametrize("sends_no_more", [False, True])
 def test_client_that_takes_no_answers_has_few_kept_and_none_lost(app: UwsApp, path: str, sends_no_more: bool) -> None:

@@ -37,7 +37,7 @@ class Events:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.seen: dict[str, Any] = {"drained": 0, "after_close": [], "flooded": [], "large": 0}
+        self.seen: dict[str, Any] = {"drained": 0, "after_close": [], "flooded": [], "large": 0, "said": 0}
 
     def accept(self, request: Request) -> str:
         if request.query == "refuse":
@@ -198,6 +198,7 @@ async def serve(port: int, options: list[str]) -> int:
         waiting.answer_posts(echo_them, [echoed(post) for post in echo_them], OK)
 
     def said(request: Request) -> None:
+        events.seen["said"] += 1
         fields = {"method": request.method, "query": request.query, "peer": request.peer}
         fields["header"] = request.header(b"x-test").decode()
         fields["joined"] = request.joined_header(b"x-test").decode()
