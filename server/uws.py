@@ -121,7 +121,7 @@ _REFUSALS: Final = (
     _TARGET_TOO_LONG,
     Problem(417, "Expect: expected 100-continue, or no such header"),
     Problem(431, "expected at most 48 header lines, and 16384 bytes of them"),
-    Problem(501, "Transfer-Encoding: expected chunked, or no such header"),
+    Problem(501, "Transfer-Encoding: expected chunked, or no such header; method: expected one of RFC 9110, or PATCH"),
     Problem(505, "expected HTTP/1.1 or HTTP/1.0"),
 )
 """What uws_wire.c answers with where there is no request to answer."""
@@ -300,9 +300,9 @@ class Request:
         data, length = (ffi.NULL, 0) if body is None else (body, len(body))
         close = (server.waiting is not None and server.waiting.ends(self._res)) or close or server.draining
         _send(SSL, self._res, data, length, head, len(head), content_type, len(content_type), close)
-        if self._req is not None and not lib.uws_res_has_responded(SSL, self._res):
-            # Behind other answers that its client has not taken, this one was dropped, whole or in part.
-            lib.uws_res_close(SSL, self._res)
+        if not lib.uws_res_has_responded(SSL, self._res):
+            # uWebSockets loses a body whose head the kernel did not take at once, but not what it is given then.
+            lib.uws_res_end(SSL, self._res, data, length, close)
         return True
 
     def problem(self, problem: Problem) -> bool:

@@ -31,6 +31,8 @@ extern void uws_req_for_each_header(uws_req_t *req, header_handler handler, void
 extern void socketify_res_cork_send(int ssl, uws_res_t *res, const char *body, size_t body_length, const char *status,
                                     size_t status_length, const char *content_type, size_t content_type_length,
                                     bool close_connection);
+extern bool uws_res_has_responded(int ssl, uws_res_t *res);
+extern void uws_res_end(int ssl, uws_res_t *res, const char *body, size_t length, bool close_connection);
 
 enum { INTERFACE = 2 }; // one more whenever what server/uws_native.py has of this changes
 enum { SSL = 0, NONE = -1 };
@@ -272,6 +274,8 @@ static void answer(struct answers *answers, int each, const char *body, size_t b
         bool closes = wire_answers(res) || answers->close_connection;
         socketify_res_cork_send(SSL, res, body, body_length, answers->head, answers->head_length + request->id_length,
                                 answers->content_type, answers->content_type_length, closes);
+        // uWebSockets loses a body whose head the kernel did not take at once, but not what it is given then.
+        if (!uws_res_has_responded(SSL, res)) uws_res_end(SSL, res, body, body_length, closes);
     }
     let_go(each);
 }

@@ -21,12 +21,14 @@ typedef struct us_socket_context_t us_socket_context_t;
 typedef us_socket_t *(*on_open_t)(us_socket_t *s, int is_client, char *ip, int ip_length);
 typedef us_socket_t *(*on_close_t)(us_socket_t *s, int code, void *reason);
 typedef us_socket_t *(*on_data_t)(us_socket_t *s, char *data, int length);
+typedef us_socket_t *(*on_writable_t)(us_socket_t *s);
 typedef us_socket_t *(*on_end_t)(us_socket_t *s);
 
 extern us_socket_context_t *us_socket_context(int ssl, us_socket_t *s);
 extern void us_socket_context_on_open(int ssl, us_socket_context_t *context, on_open_t handler);
 extern void us_socket_context_on_close(int ssl, us_socket_context_t *context, on_close_t handler);
 extern void us_socket_context_on_data(int ssl, us_socket_context_t *context, on_data_t handler);
+extern void us_socket_context_on_writable(int ssl, us_socket_context_t *context, on_writable_t handler);
 extern void us_socket_context_on_end(int ssl, us_socket_context_t *context, on_end_t handler);
 extern int us_poll_fd(void *poll);
 extern int us_socket_is_closed(int ssl, us_socket_t *s);
@@ -43,10 +45,11 @@ enum { MAX_HEAD = 16384 };       // bytes of request line and header lines: as m
 enum { MAX_HEAD_LINES = 48 };    // that uWebSockets reads
 enum { MAX_CHUNK_LINE = 4096 };  // bytes of a chunk's size and extensions
 enum { MAX_WAITING = 65536 };    // bytes of requests behind one that waits for its answer
+enum { AT_ONCE = 16 };           // requests of one connection before the loop goes on with others
 enum { MAX_TARGET = 8192 };      // of server/uws.py: only to say 414 rather than 431
 enum { PADDING = 64 };           // the parser writes and looks past what it is given
 enum { ROOM_FOR_LINES = 64 };    // "Host:" and "Connection: close" where they are added
-enum { LINGER_S = 4 };           // how long a refused client may take to read why
+enum { LINGER_S = 5 };           // a refused client has 4 to 8 s to read why: uSockets rounds up, and looks once in 4 s
 
 // Where in a message the next byte stands.
 enum mode { HEAD, BODY, CHUNK_SIZE, CHUNK_DATA, CHUNK_END, TRAILER, REFUSED };
@@ -74,6 +77,7 @@ static us_socket_context_t *context;
 static on_open_t next_open;
 static on_close_t next_close;
 static on_data_t next_data;
+static on_writable_t next_writable;
 static on_end_t next_end;
 static struct refusal refusals[16];
 static int refusals_known;
@@ -99,7 +103,7 @@ enum verdict { PLAIN, REWRITE, PARTIAL }; // any other is a status to refuse wit
 struct head {
     size_t length; // with the empty line
     uint32_t body;
-    bool has_coding, is_chunked, has_length, has_host, is_old, closes;
+    bool has_coding, is_chunked, has_length, has_host, has_connection, is_old, closes;
     int lines;
     size_t method_length, target, target_length; // places in the head
     int verdict;
@@ -154,7 +158,9 @@ static int read_line(struct head *head, const char *name, size_t name_length, ch
     while (length && (value[length - 1] == ' ' || value[length - 1] == '\t')) length--;
     switch (name_length) {
     case 4:
-        if (is(name, 4, "host")) head->has_host = true;
+        if (!is(name, 4, "host")) return 0;
+        if (head->has_host) return 400; // RFC 9112, 3.2
+        head->has_host = true;
         return 0;
     case 6:
         if (!is(name, 6, "expect") || head->is_old) return 0;
@@ -162,9 +168,13 @@ static int read_line(struct head *head, const char *name, size_t name_length, ch
         for (size_t i = 0; i < length; i++) value[i] = "100-continue"[i]; // uWebSockets knows it in lower case only
         return 0;
     case 10:
-        if (!is(name, 10, "connection") || !has_token(value, length, "close")) return 0;
-        head->closes = true;
-        if (length != 5) head->verdict = REWRITE; // uWebSockets looks at the length alone
+        if (!is(name, 10, "connection")) return 0;
+        if (has_token(value, length, "close")) {
+            head->closes = true;
+            // uWebSockets looks at the first such line, and there at the length alone.
+            if (length != 5 || head->has_connection) head->verdict = REWRITE;
+        }
+        head->has_connection = true;
         return 0;
     case 14: {
         if (!is(name, 14, "content-length")) return 0;
@@ -221,6 +231,14 @@ static int read_request_line(struct head *head, const char *line, size_t length)
     head->target += skipped;
     head->target_length -= skipped;
     return 0;
+}
+
+// Whether uWebSockets has a route for it: it closes the connection without a word where a method is none of these.
+static bool is_known_method(const char *method, size_t length) {
+    static const char known[][8] = {"GET", "POST", "OPTIONS", "HEAD", "PUT", "DELETE", "PATCH", "CONNECT", "TRACE"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strlen(known[i]) == length && !memcmp(known[i], method, length)) return true;
+    return false;
 }
 
 // Look at a head that begins at `data`, as far as it is there.
@@ -281,7 +299,7 @@ static void read_head(struct head *head, char *data, size_t length) {
     // Two may be added: Host and Connection.
     if (!refused && head->lines + (head->verdict == REWRITE ? 2 : 0) > MAX_HEAD_LINES) refused = 431;
     if (!refused && !head->has_host && !head->is_old) refused = 400;
-    if (!refused && head->has_coding && !head->is_chunked) refused = 501;
+    if (!refused && ((head->has_coding && !head->is_chunked) || !is_known_method(data, head->method_length))) refused = 501;
     if (refused) head->verdict = refused;
 }
 
@@ -353,7 +371,8 @@ static us_socket_t *refuse(us_socket_t *s, int status) {
     return s;
 }
 
-// The value of a chunk's size line, or -1. The line ends with a CRLF; extensions are not looked at (RFC 9112, 7.1.1).
+// The value of a chunk's size line, or -1. The line ends with a CRLF; extensions are ignored (RFC 9112, 7.1.1), but may
+// hold no other CR, which some take for an end (2.2).
 static int64_t chunk_size(const char *line, size_t length) {
     int64_t size = 0;
     size_t at = 0;
@@ -364,7 +383,7 @@ static int64_t chunk_size(const char *line, size_t length) {
         size = 16 * size + digit;
         if (size > 0x0fffffff) return -1;
     }
-    if (!at) return -1;
+    if (!at || memchr(line, '\r', length)) return -1;
     while (at < length && (line[at] == ' ' || line[at] == '\t')) at++;
     return at == length || line[at] == ';' ? size : -1;
 }
@@ -381,6 +400,12 @@ static size_t proxy_header(const char *data, size_t length) {
     return whole <= length ? whole : length + 1;
 }
 
+// Whether a connection has had all its answers, and its client has taken them. Else one that only sends would have as
+// much kept for it as it can ask for.
+static bool takes_another(us_socket_t *s) {
+    return uws_res_has_responded(SSL, s) && !uws_ws_get_buffered_amount(SSL, s);
+}
+
 // Pass on the beginning of a message: how much of `data` that was, 0 when more has to come first.
 static size_t take_head(us_socket_t **s, struct wire *wire, char *data, size_t length) {
     if (!wire->began) {
@@ -388,7 +413,7 @@ static size_t take_head(us_socket_t **s, struct wire *wire, char *data, size_t l
         if (proxied) return proxied <= length ? proxied : 0;
     }
     if (*data == '\r' || *data == '\n') return 1; // RFC 9112, 2.2
-    if (!uws_res_has_responded(SSL, *s)) {
+    if (!takes_another(*s)) {
         if (length > MAX_WAITING) *s = us_socket_close(SSL, *s, 0, NULL);
         return 0;
     }
@@ -460,6 +485,10 @@ static size_t take(us_socket_t **s, struct wire *wire, char *data, size_t length
             return length;
         }
         if (!end) return 0;
+        if (end == data || end[-1] != '\r') { // to another, a line feed alone may end them, and begin the next request
+            *s = refuse(*s, 400);
+            return length;
+        }
         if (end - data == 1 && *data == '\r') {
             char last[5 + PADDING] = "0\r\n\r\n";
             wire->mode = HEAD;
@@ -476,15 +505,36 @@ static size_t take(us_socket_t **s, struct wire *wire, char *data, size_t length
 
 static us_socket_t *on_end(us_socket_t *s);
 
+// Have `wire_resume` go on with what a connection holds.
+static void resume_soon(struct wire *wire) {
+    if (wire->resumes) return;
+    if (resuming_count == resuming_room) {
+        resuming_room = resuming_room ? 2 * resuming_room : 64;
+        resuming = must(realloc(resuming, (size_t)resuming_room * sizeof *resuming));
+    }
+    wire->resumes = true;
+    resuming[resuming_count++] = (int)(wire - wires);
+    if (resuming_count == 1) wake();
+}
+
 // Pass on what was held and what came now, message by message, and hold the rest.
 static us_socket_t *sort_out(us_socket_t *s, const char *data, size_t length) {
     struct wire *wire = wire_of(s);
     size_t all = wire->held_length + length, at = 0;
+    int begun = 0;
     char *buffer = must(realloc(wire->held, all + PADDING));
     if (length) memcpy(buffer + wire->held_length, data, length);
     wire->held = NULL; // what is called below may close the connection, and that frees it
     wire->held_length = 0;
     while (at < all) {
+        if (wire->mode == HEAD && begun++ == AT_ONCE) {
+            if (all - at > MAX_WAITING) {
+                free(buffer);
+                return us_socket_close(SSL, s, 0, NULL);
+            }
+            resume_soon(wire);
+            break;
+        }
         size_t taken = take(&s, wire, buffer + at, all - at);
         if (!is_ours(s)) { // closed, or a WebSocket now
             free(buffer);
@@ -536,7 +586,7 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
         if (!wire->left) wire->mode = HEAD;
         return next_data(s, data, length);
     }
-    if (wire->mode == HEAD && uws_res_has_responded(SSL, s)) { // as nearly always: one request, or its beginning
+    if (wire->mode == HEAD && takes_another(s)) { // as nearly always: one request, or its beginning
         struct head head;
         read_head(&head, data, (size_t)length);
         if (head.verdict == PLAIN && !head.is_chunked && head.length + head.body >= (size_t)length) {
@@ -547,6 +597,15 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
         }
     }
     return sort_out(s, data, (size_t)length);
+}
+
+// What was answered has left, or some of it. Go on with what waited for that.
+static us_socket_t *on_writable(us_socket_t *s) {
+    s = next_writable(s);
+    if (!is_ours(s)) return s;
+    struct wire *wire = wire_of(s);
+    bool waited = wire->mode == HEAD && (wire->held_length || wire->half_closed);
+    return waited && takes_another(s) ? sort_out(s, NULL, 0) : s;
 }
 
 // The client has closed its sending half. If it has sent a whole request, it waits for the answer; else it is gone.
@@ -563,18 +622,9 @@ static us_socket_t *on_end(us_socket_t *s) {
 // Whether the answer to come is the last on its connection; what waits behind it goes on after it.
 bool wire_answers(void *res) {
     if (!context) return false;
-    int fd = us_poll_fd(res);
-    struct wire *wire = &wires[fd];
+    struct wire *wire = wire_of(res);
     if (!wire->held_length || wire->mode != HEAD) return wire->half_closed && !wire->more;
-    if (!wire->resumes) {
-        if (resuming_count == resuming_room) {
-            resuming_room = resuming_room ? 2 * resuming_room : 64;
-            resuming = must(realloc(resuming, (size_t)resuming_room * sizeof *resuming));
-        }
-        wire->resumes = true;
-        resuming[resuming_count++] = fd;
-        if (resuming_count == 1) wake();
-    }
+    resume_soon(wire);
     return false;
 }
 
@@ -601,7 +651,7 @@ void wire_refusal(int status, const char *answer, int length) {
 
 // Replace a handler of the context, and return the one before. uSockets has no function that says which it is: it is
 // what stood where the new one stands now.
-#define CONTEXT_WORDS 24 // fewer than the structure has
+#define CONTEXT_WORDS 24 // of the structure, which has 16, and of what uWebSockets keeps behind it
 static void *replaced(const uintptr_t *before, void *handler) {
     const uintptr_t *now = (const uintptr_t *)context;
     void *found = NULL;
@@ -629,6 +679,7 @@ bool wire_begin(void *listen_socket, void (*on_waiting)(void)) {
     REPLACE(open);
     REPLACE(close);
     REPLACE(data);
+    REPLACE(writable);
     REPLACE(end);
-    return next_open && next_close && next_data && next_end;
+    return next_open && next_close && next_data && next_writable && next_end;
 }

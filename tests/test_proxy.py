@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from tests.browser import Chromium
 from tests.client import can_write, post, token, trust, wait_until_writable
 from tests.nginx import HOST, Nginx, PlainNginx
 from tests.services import ROOT, ServerProcess, UnavailableError, wait_until
+from tests.test_uws import UwsApp
 from tests.wire import PING, PONG, TEXT, Answer, Wire, frame_bytes, once
 
 pytestmark = [pytest.mark.redis, pytest.mark.postgres]
@@ -270,22 +270,6 @@ def test_quiet_watcher_is_pinged_long_before_nginx_gives_up(below_path: tuple[Se
         watcher.send_text(b"ping")
         while watcher.frame() != (TEXT, b"pong"):
             pass
-
-
-class UwsApp(Service):
-    """tests/uws_app.py, whose WebSockets are pinged when they were quiet for 4 s."""
-
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
-        argv = [sys.executable, "-m", "tests.uws_app", str(self.port)]
-        super().__init__("uws_app", argv, log=directory / "uws_app.log", cwd=ROOT)
-
-    def answers(self) -> bool:
-        """Whether it answers."""
-        try:
-            return once(self.port, "GET", "/state").status == 200
-        except OSError:
-            return False
 
 
 def test_quiet_socket_outlives_the_patience_of_a_proxy_if_its_client_answers(tmp_path: Path) -> None:

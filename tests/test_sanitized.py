@@ -21,7 +21,7 @@ from tests.wire import request_bytes
 
 SECONDS = 6.0
 CONNECTIONS = 150
-TARGETS = ["now", "later=0.01", "departs=0.02", "twice", "raise", "refuse"]
+TARGETS = ["now", "later=0.01", "departs=0.02", "twice", "raise", "refuse", "large"]
 BODIES = [b"hello", b"later0.02", b"refuse", b"raise", b"said", b"repeat"]
 CHUNKED = b"POST /posts HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
 UNUSUAL = [

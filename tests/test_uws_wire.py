@@ -15,6 +15,7 @@ import pytest
 from tests.client import assert_problem
 from tests.services import wait_until
 from tests.test_uws import UwsApp, share
+from tests.uws_app import CHUNK
 from tests.wire import Answer, Wire, once, request_bytes
 
 POST = b"POST /posts HTTP/1.1\r\nHost: x\r\n"
@@ -48,11 +49,13 @@ ENDS_AFTER = {
     "HTTP/1.0 that would stay": b"POST /posts HTTP/1.0\r\nHost: x\r\nConnection: keep-alive\r\n" + HELLO,
     "HTTP/1.0 that expects": b"POST /posts HTTP/1.0\r\nExpect: 100-continue\r\n" + HELLO,
     "Connection: Close": POST + b"Connection: Close\r\n" + HELLO,
+    "Connection: two lines": POST + b"Connection: keep-alive\r\nConnection: close\r\n" + HELLO,
     "Connection: a list": POST + b"Connection: keep-alive, CLOSE\r\n" + HELLO,
 }
 REFUSED = {
     "no Host": (400, b"GET /said?a HTTP/1.1\r\nAccept: */*\r\n\r\n"),
     "nothing but a request line": (400, b"GET /said?a HTTP/1.1\r\n\r\n"),
+    "two Hosts": (400, GET + b"Host: y\r\n\r\n"),
     "bare line feeds": (400, b"GET /said?a HTTP/1.1\nHost: x\n\n"),
     "a bare line feed in headers": (400, GET + b"A: b\n\r\n"),
     "a line that goes on": (400, GET + b"A: b\r\n c\r\n\r\n"),
@@ -84,6 +87,8 @@ REFUSED = {
     "chunked twice": (501, POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
     "identity": (501, POST + b"Transfer-Encoding: identity\r\n\r\n"),
     "an empty coding": (501, POST + b"Transfer-Encoding:\r\n\r\n"),
+    "an unknown method": (501, b"PROPFIND /said?a HTTP/1.1\r\nHost: x\r\n\r\n"),
+    "a method in lower case": (501, b"get /said?a HTTP/1.1\r\nHost: x\r\n\r\n"),
     "another expectation": (417, POST + b"Expect: applause\r\nContent-Length: 5\r\n\r\n"),
     "49 headers": (431, GET + b"X-Some: x\r\n" * 48 + b"\r\n"),
     "headers of 17 KB": (431, GET + b"X-Long: " + b"x" * 17_000 + b"\r\n\r\n"),
@@ -96,6 +101,9 @@ REFUSED = {
     "a chunk longer than its size": (400, CHUNKED + b"4\r\nhello\r\n0\r\n\r\n"),
     "a size of 2 GB": (400, CHUNKED + b"80000000\r\nhello"),
     "a size ended by a line feed": (400, CHUNKED + b"5\nhello\r\n0\r\n\r\n"),
+    "a lone CR in an extension": (400, CHUNKED + b"5;a\rb\r\nhello\r\n0\r\n\r\n"),
+    "trailers ended by a line feed": (400, CHUNKED + b"0\r\n\n" + NEXT),
+    "a trailer ended by a line feed": (400, CHUNKED + b"0\r\nX-Sum: 1\n\r\n"),
     "extensions without an end": (400, CHUNKED + b"5;" + b"x" * 5_000),
     "trailers without an end": (431, CHUNKED + b"0\r\n" + b"X-Sum: 1\r\n" * 2_000),
 }  # fmt: skip
@@ -266,3 +274,31 @@ def test_refusal_names_what_was_expected(app: UwsApp) -> None:
 def test_head_line_added_to_an_answer_is_on_a_refusal_too(app: UwsApp) -> None:
     answer: Answer = once(app.port, "GET", "/said", None, Expect="applause")
     assert_problem(answer, 417, "expectation-failed")
+
+
+def test_client_of_many_requests_at_once_lets_others_through(app: UwsApp) -> None:
+    count, before = 1000, app.state()["said"]
+    with Wire(app.port) as wire:
+        wire.send(NEXT * count)
+        assert wire.answer().status == 200
+        assert app.state()["said"] - before < count
+        assert all(wire.answer().json()["query"] == "next" for _ in range(count - 1))
+        assert app.state()["said"] - before == count
+
+
+@pytest.mark.parametrize("path", ["/large", "/shared?large"])
+@pytest.mark.parametrize("sends_no_more", [False, True])
+def test_client_that_takes_no_answers_has_few_kept_and_none_lost(app: UwsApp, path: str, sends_no_more: bool) -> None:
+    share(app, "/shared?large")
+    count, before = 200, app.state()["large"]
+    with Wire(app.port, receive_buffer_bytes=65_536) as wire:
+        wire.send(request_bytes("GET", path) * count)
+        if sends_no_more:
+            shut_writing(wire)
+        assert wire.answer().body == CHUNK
+        assert app.state()["large"] - before < count / 4
+        assert all(wire.answer().body == CHUNK for _ in range(count - 1))
+        if sends_no_more:
+            assert wire.ended
+        else:
+            assert wire.request("GET", "/said?next").json()["query"] == "next"

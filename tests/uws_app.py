@@ -37,7 +37,7 @@ class Events:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self.seen: dict[str, Any] = {"drained": 0, "after_close": [], "flooded": []}
+        self.seen: dict[str, Any] = {"drained": 0, "after_close": [], "flooded": [], "large": 0, "said": 0}
 
     def accept(self, request: Request) -> str:
         if request.query == "refuse":
@@ -132,6 +132,10 @@ async def serve(port: int, options: list[str]) -> int:
     def without_body(request: Request) -> None:
         request.answer(b"204 No Content", None, b"")
 
+    def large(request: Request) -> None:
+        events.seen["large"] += 1
+        request.answer(OK, CHUNK)
+
     def never(request: Request) -> None:
         held.append(request)
 
@@ -156,6 +160,9 @@ async def serve(port: int, options: list[str]) -> int:
             answer()
         elif command == "raise":
             raise ValueError("a handler raises")
+        elif command == "large":
+            events.seen["large"] += 1
+            flight.answer(OK, CHUNK)
         elif command == "refuse":
             flight.problem(Problem(400, "a handler refuses", headers=(("Retry-After", "7"),)))
         elif command == "twice":
@@ -191,6 +198,7 @@ async def serve(port: int, options: list[str]) -> int:
         waiting.answer_posts(echo_them, [echoed(post) for post in echo_them], OK)
 
     def said(request: Request) -> None:
+        events.seen["said"] += 1
         fields = {"method": request.method, "query": request.query, "peer": request.peer}
         fields["header"] = request.header(b"x-test").decode()
         fields["joined"] = request.joined_header(b"x-test").decode()
@@ -216,6 +224,7 @@ async def serve(port: int, options: list[str]) -> int:
         ("/later", later),
         ("/later-twice", later_twice),
         ("/never", never),
+        ("/large", large),
         ("/without-body", without_body),
         ("/said", said),
         ("/state", state),
