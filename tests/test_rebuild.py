@@ -632,7 +632,7 @@ class TestFence:
             serve()  # on this thread, so that all of the paused server stands still
             fences = len(records_of(settings))
             wake.set()
-            with pytest.raises(NotReady, match="another server goes on|another epoch of Redis was verified"):
+            with pytest.raises(NotReady, match=r"another server goes on|another epoch of Redis was verified"):
                 await sleeping
             await asyncio.to_thread(wait_until, lambda: len(records_of(settings)) > fences, 20, "no fence came")
 
