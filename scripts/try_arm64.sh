@@ -65,7 +65,9 @@ import sys
 from websockets.sync.client import connect
 
 with connect(f"ws://127.0.0.1:{sys.argv[1]}/live-updates", open_timeout=60) as socket:
-    print(socket.recv(timeout=60))
+    while "leaderboardUpdate" not in (message := socket.recv(timeout=60)):  # a slow machine may not be live yet
+        pass
+    print(message)
 PYTHON
 grep -q '"topScores":\[{"playerId":"player123","score":5}\]' "$directory/watched"
 chroot "$root" sh -c 'uname -m; cd /scoreboard; .venv/bin/python -V; .venv/bin/python -m pip freeze | grep -i socketify; ls server/*.so'
