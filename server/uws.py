@@ -90,6 +90,8 @@ BODY_TIMEOUT_S: Final = 10.0
 """Longest a body may take to arrive; uWebSockets itself bounds only the pauses in it."""
 
 SWEEP_INTERVAL_S: Final = 0.25
+LATE_SWEEP_S: Final = 1.0
+"""A sweep that comes so much later than it should finds a process that was stopped: SIGSTOP, a sleeping machine."""
 HEADERS_WITHIN_S: Final = 7.5
 """How long a new connection may take to send its first request. uSockets would close it after 8 to 12 s, unless a byte
 comes now and then; it looks once in 4 s, so thousands would be closed, and be back, at the same moment."""
@@ -485,7 +487,7 @@ class Server:
         self.waiting = Waiting(native, self) if native is not None else None
         """The requests that wait in C, where that was built."""
         _running.append(self)
-        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
+        self._plan_sweep(self._sweep)
 
     def route(
         self,
@@ -569,8 +571,19 @@ class Server:
         """Remember that a connection had an answer, where that has no body to tell."""
         self._connections[_token(res)] = 0.0
 
+    def _plan_sweep(self, sweep: Callable[[], None]) -> None:
+        self._sweep_at_s = time.monotonic() + SWEEP_INTERVAL_S
+        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, sweep)
+
     def _sweep(self) -> None:
-        self._sweeper = asyncio.get_running_loop().call_later(SWEEP_INTERVAL_S, self._sweep)
+        if time.monotonic() > self._sweep_at_s + LATE_SWEEP_S:
+            # Whoever woke with us goes first: the deadlines that say what became of a request, and what has come in.
+            self._plan_sweep(self._sweep_now)
+        else:
+            self._sweep_now()
+
+    def _sweep_now(self) -> None:
+        self._plan_sweep(self._sweep)
         now_s = time.monotonic()
         self._close_silent(now_s - self._headers_within_s)
         too_slow = Problem(408, f"expected the whole body within {self._body_timeout_s:g} s", close=True)

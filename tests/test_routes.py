@@ -33,7 +33,7 @@ from tests.client import (
     wait_until_writable,
 )
 from tests.services import JWT_SECRET, KafkaBroker, ServerProcess, wait_until
-from tests.wire import Answer, Wire, once
+from tests.wire import Answer, Wire, once, request_bytes
 
 pytestmark = pytest.mark.redis
 ORIGIN = "https://game.example"
@@ -604,6 +604,26 @@ class TestWithoutRedis:
         wait_until_writable(site.server)
         assert post(site.server, "bob", 1).json()["newScore"] == 21
         assert post(site.server, "ann", 10).json()["newScore"] in (45, 46)
+
+    def test_server_that_was_stopped_too_says_of_what_waited_that_its_outcome_is_unknown(self, site: Site) -> None:
+        """It said 500, as of a fault of its own: it was the last resort that woke first."""
+        player = new_player()
+        body = json.dumps({"playerId": player, "scoreDelta": 1}).encode()
+        posted = request_bytes("POST", "/update-score", body, Authorization=f"Bearer {token(player)}")
+        site.redis.pause()
+        try:
+            with Wire(site.server.port) as wire:
+                wire.send(posted)
+                time.sleep(DEADLINE_MS / 2000)  # it is with Redis
+                site.server.pause()
+                try:
+                    time.sleep(DEADLINE_MS / 1000 + 3.5)  # longer than any request may wait for its answer
+                finally:
+                    site.server.resume()
+                assert_refused(wire.answer(), "outcome-unknown")
+        finally:
+            site.redis.resume()
+        wait_until_writable(site.server)
 
     def test_many_updates_into_a_stopped_redis_are_all_answered_in_time(self, site: Site) -> None:
         site.redis.pause()
