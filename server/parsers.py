@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import psycopg.conninfo
+import psycopg.pq
 
 from server.events import BOARD_NAME, CONTROL_CHARACTERS
 
@@ -263,7 +264,19 @@ def database_url(raw: str) -> str:
             "a URL such as postgresql://user:password@host:5432/name, "
             "with @ in a password as %40, / as %2F, : as %3A and % as %25"
         )
+    if parameter := _wrong_parameter(raw):
+        raise ValueError(f"a value of {parameter} that libpq knows")
     return raw
+
+
+def _wrong_parameter(conninfo: str) -> str | None:
+    """The parameter, such as sslmode, whose value libpq refuses before it connects."""
+    # A directory that is not there in place of the hosts: so nothing is connected to.
+    nowhere = psycopg.conninfo.make_conninfo(conninfo, host="/nonexistent", hostaddr="", port="")
+    connection = psycopg.pq.PGconn.connect_start(nowhere.encode())
+    refused = re.match(r'invalid "?(\w+)"? value', connection.error_message.decode(errors="replace"))
+    connection.finish()
+    return refused[1] if refused else None
 
 
 def _is_meant(parts: dict[str, Any], *, is_url: bool) -> bool:

@@ -237,6 +237,13 @@ def test_address_that_libpq_takes_for_another_is_refused_and_not_shown(url: str)
     assert fault.endswith(f", got {len(url)} characters")
 
 
+@pytest.mark.parametrize("parameter", ["sslmode", "target_session_attrs", "channel_binding", "load_balance_hosts"])
+def test_parameter_that_libpq_would_refuse_later_is_named(parameter: str) -> None:
+    url = f"postgresql://ann:sesame@a,b:5432/scores?{parameter}=none"
+    (fault,) = faults(DATABASE_URL=url)
+    assert fault == f"DATABASE_URL: expected a value of {parameter} that libpq knows, got {len(url)} characters"
+
+
 @pytest.mark.parametrize(
     "url",
     [
