@@ -79,6 +79,7 @@ static on_close_t next_close;
 static on_data_t next_data;
 static on_writable_t next_writable;
 static on_end_t next_end;
+static int data_word; // where in a context its handler of incoming data stands
 static struct refusal refusals[16];
 static int refusals_known;
 static int *resuming; // descriptors of connections whose held bytes may go on
@@ -94,6 +95,10 @@ static void *must(void *memory) {
 
 static bool is_ours(us_socket_t *s) {
     return !us_socket_is_closed(SSL, s) && us_socket_context(SSL, s) == context && !us_socket_is_shut_down(SSL, s);
+}
+
+static bool is_websocket(us_socket_t *s) {
+    return !us_socket_is_closed(SSL, s) && us_socket_context(SSL, s) != context && !us_socket_is_shut_down(SSL, s);
 }
 
 // ---------------------------------------------------------------- heads
@@ -344,6 +349,12 @@ static us_socket_t *forward(us_socket_t *s, char *data, size_t length) {
     return s;
 }
 
+// What came right behind the request for a WebSocket, which uWebSockets would throw away. Contexts are all laid out alike.
+static us_socket_t *forward_frames(us_socket_t *s, char *data, size_t length) {
+    on_data_t take_in = (on_data_t)((const uintptr_t *)us_socket_context(SSL, s))[data_word];
+    return take_in(s, data, (int)length);
+}
+
 // A chunk of our own, around what there is of the client's: where a packet ended does not matter to the parser then.
 static us_socket_t *forward_chunk(us_socket_t *s, const char *data, size_t length) {
     char *chunk = must(malloc(length + 16 + PADDING));
@@ -536,7 +547,9 @@ static us_socket_t *sort_out(us_socket_t *s, const char *data, size_t length) {
             break;
         }
         size_t taken = take(&s, wire, buffer + at, all - at);
-        if (!is_ours(s)) { // closed, or a WebSocket now
+        if (!is_ours(s)) { // closed, or a WebSocket now, whose first frames may be here
+            at += taken;
+            if (at < all && is_websocket(s)) s = forward_frames(s, buffer + at, all - at);
             free(buffer);
             return s;
         }
@@ -660,6 +673,7 @@ static void *replaced(const uintptr_t *before, void *handler) {
         if (now[i] == before[i]) continue;
         changed++;
         if (now[i] == (uintptr_t)handler) found = (void *)before[i];
+        if (handler == on_data) data_word = i;
     }
     return changed == 1 ? found : NULL;
 }
