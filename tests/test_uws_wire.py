@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -305,7 +307,12 @@ def test_client_that_takes_no_answers_has_few_kept_and_none_lost(app: UwsApp, pa
 
 
 UPGRADE = request_bytes(
-    "GET", "/ws", Connection="Upgrade", Upgrade="websocket", Sec_WebSocket_Version="13", Sec_WebSocket_Key="a" * 22 + "=="
+    "GET",
+    "/ws",
+    Connection="Upgrade",
+    Upgrade="websocket",
+    Sec_WebSocket_Version="13",
+    Sec_WebSocket_Key="a" * 22 + "==",
 )
 
 
@@ -330,3 +337,19 @@ def test_frame_behind_an_upgrade_that_breaks_a_rule_is_told(app: UwsApp) -> None
         opcode, payload = wire.frame()
         assert (opcode, payload[:2]) == (8, (1002).to_bytes(2, "big"))
         assert wire.ended
+
+
+def test_body_that_stops_is_told_so_whenever_it_does(tmp_path: Path) -> None:
+    """uSockets looks at its own time-outs once in 4 s, and hung up first on half of the bodies."""
+    begun = (request_bytes("POST", "/posts", b"hello")[:-1], request_bytes("POST", "/echo", b"hello")[:-1], CHUNKED)
+    app = UwsApp(tmp_path, "slow-bodies")
+    with contextlib.ExitStack() as stack:
+        stack.callback(app.stop)
+        app.start()
+        wires = []
+        for _ in range(8):
+            for data in begun:
+                wires.append(stack.enter_context(Wire(app.port, timeout_s=15)))
+                wires[-1].send(data)
+            time.sleep(0.5)
+        assert {wire.answer().status for wire in wires} == {408}
