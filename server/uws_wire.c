@@ -49,6 +49,7 @@ enum { AT_ONCE = 16 };           // requests of one connection before the loop g
 enum { MAX_TARGET = 8192 };      // of server/uws.py: only to say 414 rather than 431
 enum { PADDING = 64 };           // the parser writes and looks past what it is given
 enum { ROOM_FOR_LINES = 64 };    // "Host:" and "Connection: close" where they are added
+enum { BODY_S = 16 };            // 12 to 16 s for the next bytes of a body: BODY_TIMEOUT_S of server/uws.py comes first
 enum { LINGER_S = 5 };           // a refused client has 4 to 8 s to read why: uSockets rounds up, and looks once in 4 s
 
 // Where in a message the next byte stands.
@@ -79,6 +80,7 @@ static on_close_t next_close;
 static on_data_t next_data;
 static on_writable_t next_writable;
 static on_end_t next_end;
+static int data_word; // where in a context its handler of incoming data stands
 static struct refusal refusals[16];
 static int refusals_known;
 static int *resuming; // descriptors of connections whose held bytes may go on
@@ -94,6 +96,10 @@ static void *must(void *memory) {
 
 static bool is_ours(us_socket_t *s) {
     return !us_socket_is_closed(SSL, s) && us_socket_context(SSL, s) == context && !us_socket_is_shut_down(SSL, s);
+}
+
+static bool is_websocket(us_socket_t *s) {
+    return !us_socket_is_closed(SSL, s) && us_socket_context(SSL, s) != context && !us_socket_is_shut_down(SSL, s);
 }
 
 // ---------------------------------------------------------------- heads
@@ -344,6 +350,12 @@ static us_socket_t *forward(us_socket_t *s, char *data, size_t length) {
     return s;
 }
 
+// What came right behind the request for a WebSocket, which uWebSockets would throw away. Contexts are all laid out alike.
+static us_socket_t *forward_frames(us_socket_t *s, char *data, size_t length) {
+    on_data_t take_in = (on_data_t)((const uintptr_t *)us_socket_context(SSL, s))[data_word];
+    return take_in(s, data, (int)length);
+}
+
 // A chunk of our own, around what there is of the client's: where a packet ended does not matter to the parser then.
 static us_socket_t *forward_chunk(us_socket_t *s, const char *data, size_t length) {
     char *chunk = must(malloc(length + 16 + PADDING));
@@ -505,6 +517,13 @@ static size_t take(us_socket_t **s, struct wire *wire, char *data, size_t length
 
 static us_socket_t *on_end(us_socket_t *s);
 
+// uWebSockets gives a body that stops 8 to 12 s, and then hangs up without a word: longer, and the server says 408.
+static us_socket_t *await_body(us_socket_t *s) {
+    if (is_ours(s) && wire_of(s)->mode != HEAD && wire_of(s)->mode != REFUSED && !uws_res_has_responded(SSL, s))
+        us_socket_timeout(SSL, s, BODY_S);
+    return s;
+}
+
 // Have `wire_resume` go on with what a connection holds.
 static void resume_soon(struct wire *wire) {
     if (wire->resumes) return;
@@ -536,7 +555,9 @@ static us_socket_t *sort_out(us_socket_t *s, const char *data, size_t length) {
             break;
         }
         size_t taken = take(&s, wire, buffer + at, all - at);
-        if (!is_ours(s)) { // closed, or a WebSocket now
+        if (!is_ours(s)) { // closed, or a WebSocket now, whose first frames may be here
+            at += taken;
+            if (at < all && is_websocket(s)) s = forward_frames(s, buffer + at, all - at);
             free(buffer);
             return s;
         }
@@ -551,7 +572,7 @@ static us_socket_t *sort_out(us_socket_t *s, const char *data, size_t length) {
         wire->held = must(realloc(buffer, all - at + PADDING));
         wire->held_length = all - at;
     }
-    return wire->half_closed ? on_end(s) : s;
+    return wire->half_closed ? on_end(s) : await_body(s);
 }
 
 // ---------------------------------------------------------------- uSockets' handlers
@@ -584,7 +605,7 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
     if (wire->mode == BODY && (uint32_t)length <= wire->left) {
         wire->left -= (uint32_t)length;
         if (!wire->left) wire->mode = HEAD;
-        return next_data(s, data, length);
+        return await_body(next_data(s, data, length));
     }
     if (wire->mode == HEAD && takes_another(s)) { // as nearly always: one request, or its beginning
         struct head head;
@@ -593,7 +614,7 @@ static us_socket_t *on_data(us_socket_t *s, char *data, int length) {
             wire->left = (uint32_t)(head.length + head.body - (size_t)length);
             if (wire->left) wire->mode = BODY;
             wire->began = true;
-            return next_data(s, data, length);
+            return await_body(next_data(s, data, length));
         }
     }
     return sort_out(s, data, (size_t)length);
@@ -660,6 +681,7 @@ static void *replaced(const uintptr_t *before, void *handler) {
         if (now[i] == before[i]) continue;
         changed++;
         if (now[i] == (uintptr_t)handler) found = (void *)before[i];
+        if (handler == on_data) data_word = i;
     }
     return changed == 1 ? found : NULL;
 }

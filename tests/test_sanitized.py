@@ -17,7 +17,8 @@ import pytest
 
 from tests.services import ROOT, wait_until
 from tests.test_uws import UwsApp
-from tests.wire import request_bytes
+from tests.test_uws_wire import UPGRADE
+from tests.wire import TEXT, frame_bytes, request_bytes
 
 SECONDS = 6.0
 CONNECTIONS = 150
@@ -34,6 +35,9 @@ UNUSUAL = [
     b"OPTIONS * HTTP/1.1\r\nHost: x\r\nExpect: 100-Continue\r\n\r\n",
     b"GET /shared?now HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 20_000,
     b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes(12),
+    UPGRADE,
+    UPGRADE + frame_bytes(TEXT, b"echo hello") + frame_bytes(TEXT, b"x" * 500)[:300],
+    UPGRADE + frame_bytes(TEXT, b"echo hello", masked=False),
 ]
 
 

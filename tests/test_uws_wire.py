@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,7 @@ from tests.client import assert_problem
 from tests.services import wait_until
 from tests.test_uws import UwsApp, share
 from tests.uws_app import CHUNK
-from tests.wire import Answer, Wire, once, request_bytes
+from tests.wire import TEXT, Answer, Wire, frame_bytes, once, request_bytes
 
 POST = b"POST /posts HTTP/1.1\r\nHost: x\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -302,3 +304,52 @@ def test_client_that_takes_no_answers_has_few_kept_and_none_lost(app: UwsApp, pa
             assert wire.ended
         else:
             assert wire.request("GET", "/said?next").json()["query"] == "next"
+
+
+UPGRADE = request_bytes(
+    "GET",
+    "/ws",
+    Connection="Upgrade",
+    Upgrade="websocket",
+    Sec_WebSocket_Version="13",
+    Sec_WebSocket_Key="a" * 22 + "==",
+)
+
+
+@pytest.mark.parametrize("before", [b"", NEXT, NEXT * 20], ids=["alone", "behind one", "behind many"])
+def test_frames_behind_an_upgrade_are_read(app: UwsApp, before: bytes) -> None:
+    frames = frame_bytes(TEXT, b"echo one") + frame_bytes(TEXT, b"echo two")
+    for cut in range(len(frames) + 1):
+        with Wire(app.port) as wire:
+            wire.send(before + UPGRADE + frames[:cut])
+            for _ in range(before.count(NEXT)):
+                assert wire.answer().status == 200
+            assert wire.answer().status == 101
+            wire.send(frames[cut:])
+            assert [wire.frame(), wire.frame()] == [(TEXT, b"one"), (TEXT, b"two")]
+
+
+def test_frame_behind_an_upgrade_that_breaks_a_rule_is_told(app: UwsApp) -> None:
+    with Wire(app.port) as wire:
+        wire.send(UPGRADE + frame_bytes(TEXT, b"echo one") + frame_bytes(TEXT, b"two", masked=False))
+        assert wire.answer().status == 101
+        assert wire.frame() == (TEXT, b"one")
+        opcode, payload = wire.frame()
+        assert (opcode, payload[:2]) == (8, (1002).to_bytes(2, "big"))
+        assert wire.ended
+
+
+def test_body_that_stops_is_told_so_whenever_it_does(tmp_path: Path) -> None:
+    """uSockets looks at its own time-outs once in 4 s, and hung up first on half of the bodies."""
+    begun = (request_bytes("POST", "/posts", b"hello")[:-1], request_bytes("POST", "/echo", b"hello")[:-1], CHUNKED)
+    app = UwsApp(tmp_path, "slow-bodies")
+    with contextlib.ExitStack() as stack:
+        stack.callback(app.stop)
+        app.start()
+        wires = []
+        for _ in range(8):
+            for data in begun:
+                wires.append(stack.enter_context(Wire(app.port, timeout_s=15)))
+                wires[-1].send(data)
+            time.sleep(0.5)
+        assert {wire.answer().status for wire in wires} == {408}

@@ -93,7 +93,8 @@ async def serve(port: int, options: list[str]) -> int:
         uws_native.LIBRARY = Path("/nonexistent")  # type: ignore[misc]
     if library := os.environ.get("UWS_NATIVE"):
         uws_native.LIBRARY = Path(library)  # type: ignore[misc]
-    server = Server(request_timeout_s=request_s, body_timeout_s=TIMEOUT_S, headers_within_s=headers_s)
+    body_s = uws.BODY_TIMEOUT_S if "slow-bodies" in options else TIMEOUT_S
+    server = Server(request_timeout_s=request_s, body_timeout_s=body_s, headers_within_s=headers_s)
     events = Events(server)
     loop = asyncio.get_running_loop()
     held: list[Request] = []
