@@ -26,9 +26,10 @@ for file in /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/ssl/certs/ca-certific
     if [ -e "$file" ]; then cp -L --remove-destination "$file" "$root$file"; fi
 done
 
-# The .venv stays: to install it takes half an hour of an emulated processor.
+# The packages stay: to install them takes half an hour of an emulated processor. Ours is built anew.
 mkdir -p "$root/scoreboard"
 find "$root/scoreboard" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -r {} +
+rm -f "$root"/scoreboard/.venv/installed-*
 git archive HEAD | tar -x -C "$root/scoreboard"
 mountpoint -q "$root/proc" || mount -t proc proc "$root/proc"
 mountpoint -q "$root/dev" || mount --rbind --make-rslave /dev "$root/dev"
