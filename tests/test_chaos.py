@@ -71,7 +71,7 @@ def test_differences_name_place_and_player() -> None:
 
 def passes(directory: Path, seed: int, steps: int, kind: Kind) -> bool:
     try:
-        return run(directory, seed, steps, rate=2000, kind=kind)
+        return run(directory, seed, steps, rate=1000, kind=kind)
     except UnavailableError as error:
         pytest.skip(str(error))
 
