@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from server.embedded import ADDRESS, Service, free_port
-from tests.services import ROOT, UnavailableError
+from tests.services import ROOT, UnavailableError, listens
 
 UNPACKED = ROOT / ".cache/haproxy/usr"
 
@@ -52,11 +52,7 @@ class HAProxy(Service):
 
     def answers(self) -> bool:
         """Whether it listens."""
-        try:
-            socket.create_connection((ADDRESS, self.port), timeout=1).close()
-        except OSError:
-            return False
-        return True
+        return listens(self.port)
 
     def checks(self) -> dict[str, tuple[str, str, str]]:
         """(status, what the last check said, its HTTP status) of each server."""

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from server.embedded import ADDRESS, Service, free_port
-from tests.services import ROOT, UnavailableError
+from tests.services import ROOT, UnavailableError, listens
 
 HOST = "scoreboard.example.org"
 
@@ -97,11 +97,7 @@ class PlainNginx(Nginx):
 
     def answers(self) -> bool:
         """Whether it takes connections."""
-        try:
-            socket.create_connection((ADDRESS, self.port), timeout=1).close()
-        except OSError:
-            return False
-        return True
+        return listens(self.port)
 
 
 def _write_certificate(directory: Path) -> None:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,15 @@ def next_record(consumer: Consumer, deadline_s: float = 20.0) -> Message:
             if complaint is None:
                 return message
         assert time.monotonic() < deadline, f"no record came within {deadline_s:g} s; last error: {complaint}"
+
+
+def listens(port: int) -> bool:
+    """Whether somebody takes connections at a port of this machine."""
+    try:
+        socket.create_connection((ADDRESS, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 class UnavailableError(Exception):
